@@ -1,3 +1,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 //! To be written.
+
+extern crate alloc;
+
+pub mod rule;

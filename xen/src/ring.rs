@@ -1,0 +1,296 @@
+//! Request/response rings in one shared page, for both roles.
+//!
+//! Layout: `req_prod u32@0, req_event u32@4, rsp_prod u32@8, rsp_event u32@12`, padding to 64 bytes,
+//! then the slots. Requests and responses share slots; indices run free and are masked on use.
+//!
+//! # Trust
+//!
+//! The peer may write anything anywhere in the page at any time. Our own indices are private copies and
+//! never read back; the peer's are read once and compared with ours, and an impossible distance is
+//! an error that ends the ring. Slots are copied out word by word, once. The event indices only decide
+//! whether somebody is notified: a peer that lies there costs itself latency or us one notification.
+//!
+//! Source: Xen `public/io/ring.h`.
+
+use crate::page::RingMemory;
+use crate::shared::{full_fence, read_fence, write_fence};
+
+const REQ_PROD: usize = 0;
+const REQ_EVENT: usize = 4;
+const RSP_PROD: usize = 8;
+const RSP_EVENT: usize = 12;
+const SLOTS: usize = 64;
+
+/// Slots in a ring of 8- or 12-byte slots: the largest power of two that fits behind the header.
+pub const RING_SIZE: u32 = 256;
+
+/// What a peer did that no correct peer does. The ring is unusable afterwards.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RingError {
+    /// The peer's producer index is further ahead than the ring allows (or went backwards).
+    ImpossibleProducer,
+}
+
+/// The byte offset of slot `index` for slots of `WORDS` 32-bit words.
+const fn slot_offset<const WORDS: usize>(index: u32) -> usize {
+    SLOTS + (index & (RING_SIZE - 1)) as usize * WORDS * 4
+}
+
+/// Whether publishing `old..new` crossed the peer's event index, so that it wants a notification.
+const fn crossed(new: u32, old: u32, event: u32) -> bool {
+    new.wrapping_sub(event) < new.wrapping_sub(old)
+}
+
+/// The backend's end: takes requests, gives responses. `WORDS` is the slot size in 32-bit words.
+#[derive(Debug)]
+pub struct BackRing<M, const WORDS: usize> {
+    memory: M,
+    /// Next request to take.
+    req_cons: u32,
+    /// Next response to write.
+    rsp_prod: u32,
+    /// What the peer was told of `rsp_prod`.
+    rsp_published: u32,
+}
+
+impl<M: RingMemory, const WORDS: usize> BackRing<M, WORDS> {
+    const FITS: () = assert!(slot_offset::<WORDS>(RING_SIZE - 1) + WORDS * 4 <= 4096);
+
+    /// Takes over a ring as the frontend left it: work goes on after the last response.
+    ///
+    /// # Errors
+    ///
+    /// Gives the memory back when the indices are further apart than the ring is long.
+    pub fn attach(memory: M) -> Result<Self, M> {
+        let () = Self::FITS;
+        let rsp_prod = memory.shared().read_u32(RSP_PROD);
+        let req_prod = memory.shared().read_u32(REQ_PROD);
+        if req_prod.wrapping_sub(rsp_prod) > RING_SIZE {
+            return Err(memory);
+        }
+        Ok(Self {
+            memory,
+            req_cons: rsp_prod,
+            rsp_prod,
+            rsp_published: rsp_prod,
+        })
+    }
+
+    /// Gives the memory back for unmapping.
+    pub fn into_memory(self) -> M {
+        self.memory
+    }
+
+    /// How many requests wait. Reads the peer's index once.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::ImpossibleProducer`] when the peer claims more than the ring can hold. Nothing is consumed.
+    pub fn available(&self) -> Result<u32, RingError> {
+        let produced = self.memory.shared().read_u32(REQ_PROD);
+        let waiting = produced.wrapping_sub(self.req_cons);
+        // Requests not yet answered still occupy slots, so they bound what can be waiting.
+        let unanswered = self.req_cons.wrapping_sub(self.rsp_prod);
+        if waiting > RING_SIZE.saturating_sub(unanswered) {
+            return Err(RingError::ImpossibleProducer);
+        }
+        read_fence();
+        Ok(waiting)
+    }
+
+    /// Copies the request `ahead` places after the next one. Read each request once and keep the copy.
+    #[must_use]
+    pub fn request(&self, ahead: u32) -> [u32; WORDS] {
+        self.memory
+            .shared()
+            .read_words(slot_offset::<WORDS>(self.req_cons.wrapping_add(ahead)))
+    }
+
+    /// Consumes `count` requests, which [`BackRing::available`] reported.
+    pub fn consume(&mut self, count: u32) {
+        self.req_cons = self.req_cons.wrapping_add(count);
+    }
+
+    /// Requests consumed and not answered yet.
+    #[must_use]
+    pub const fn unanswered(&self) -> u32 {
+        self.req_cons.wrapping_sub(self.rsp_prod)
+    }
+
+    /// Writes the next response; the peer sees it after [`BackRing::publish`].
+    ///
+    /// Without an unanswered request there is no slot and nothing is written: a bug of ours, never the peer's doing.
+    pub fn respond(&mut self, response: [u32; WORDS]) {
+        debug_assert!(self.unanswered() > 0, "response without a request");
+        if self.unanswered() > 0 {
+            self.memory
+                .shared()
+                .write_words(slot_offset::<WORDS>(self.rsp_prod), response);
+            self.rsp_prod = self.rsp_prod.wrapping_add(1);
+        }
+    }
+
+    /// Shows the peer all responses written so far. Returns whether it wants a notification.
+    #[must_use]
+    pub fn publish(&mut self) -> bool {
+        let (old, new) = (self.rsp_published, self.rsp_prod);
+        if old == new {
+            return false;
+        }
+        write_fence();
+        self.memory.shared().write_u32(RSP_PROD, new);
+        self.rsp_published = new;
+        full_fence();
+        crossed(new, old, self.memory.shared().read_u32(RSP_EVENT))
+    }
+
+    /// Asks for a notification once `wanted` (at least 1) requests wait, then looks again.
+    ///
+    /// Returns whether that many wait already: then there may be no notification and the caller must go on.
+    ///
+    /// # Errors
+    ///
+    /// As [`BackRing::available`].
+    pub fn arm(&mut self, wanted: u32) -> Result<bool, RingError> {
+        let wanted = wanted.max(1);
+        self.memory
+            .shared()
+            .write_u32(REQ_EVENT, self.req_cons.wrapping_add(wanted));
+        full_fence();
+        Ok(self.available()? >= wanted)
+    }
+}
+
+/// The frontend's end: gives requests, takes responses. `WORDS` is the slot size in 32-bit words.
+#[derive(Debug)]
+pub struct FrontRing<M, const WORDS: usize> {
+    memory: M,
+    /// Next request to write.
+    req_prod: u32,
+    /// What the peer was told of `req_prod`.
+    req_published: u32,
+    /// Next response to take.
+    rsp_cons: u32,
+}
+
+impl<M: RingMemory, const WORDS: usize> FrontRing<M, WORDS> {
+    const FITS: () = assert!(slot_offset::<WORDS>(RING_SIZE - 1) + WORDS * 4 <= 4096);
+
+    /// Starts a ring in a zeroed page that the peer has not been told about yet.
+    pub fn new(memory: M) -> Self {
+        let () = Self::FITS;
+        memory.shared().write_u32(REQ_PROD, 0);
+        memory.shared().write_u32(RSP_PROD, 0);
+        memory.shared().write_u32(REQ_EVENT, 1);
+        memory.shared().write_u32(RSP_EVENT, 1);
+        Self {
+            memory,
+            req_prod: 0,
+            req_published: 0,
+            rsp_cons: 0,
+        }
+    }
+
+    /// The memory, to learn its grant reference.
+    pub const fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// Gives the memory back for revocation.
+    pub fn into_memory(self) -> M {
+        self.memory
+    }
+
+    /// Slots free for requests.
+    #[must_use]
+    pub const fn free(&self) -> u32 {
+        RING_SIZE.saturating_sub(self.outstanding())
+    }
+
+    /// Requests written whose response was not consumed.
+    #[must_use]
+    pub const fn outstanding(&self) -> u32 {
+        self.req_prod.wrapping_sub(self.rsp_cons)
+    }
+
+    /// The slot, `0..256`, that the next request goes to.
+    #[must_use]
+    pub const fn next_slot(&self) -> u32 {
+        self.req_prod & (RING_SIZE - 1)
+    }
+
+    /// Writes the next request; the peer sees it after [`FrontRing::publish`]. With no free slot nothing is written.
+    pub fn request(&mut self, request: [u32; WORDS]) {
+        debug_assert!(self.free() > 0, "request without a free slot");
+        if self.free() > 0 {
+            self.memory
+                .shared()
+                .write_words(slot_offset::<WORDS>(self.req_prod), request);
+            self.req_prod = self.req_prod.wrapping_add(1);
+        }
+    }
+
+    /// Shows the peer all requests written so far. Returns whether it wants a notification.
+    #[must_use]
+    pub fn publish(&mut self) -> bool {
+        let (old, new) = (self.req_published, self.req_prod);
+        if old == new {
+            return false;
+        }
+        write_fence();
+        self.memory.shared().write_u32(REQ_PROD, new);
+        self.req_published = new;
+        full_fence();
+        crossed(new, old, self.memory.shared().read_u32(REQ_EVENT))
+    }
+
+    /// How many responses wait. Reads the peer's index once.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::ImpossibleProducer`] when the peer claims more responses than it was given requests.
+    pub fn available(&self) -> Result<u32, RingError> {
+        let produced = self.memory.shared().read_u32(RSP_PROD);
+        let waiting = produced.wrapping_sub(self.rsp_cons);
+        if waiting > self.req_published.wrapping_sub(self.rsp_cons) {
+            return Err(RingError::ImpossibleProducer);
+        }
+        read_fence();
+        Ok(waiting)
+    }
+
+    /// Copies the response `ahead` places after the next one. Read each response once and keep the copy.
+    #[must_use]
+    pub fn response(&self, ahead: u32) -> [u32; WORDS] {
+        self.memory
+            .shared()
+            .read_words(slot_offset::<WORDS>(self.rsp_cons.wrapping_add(ahead)))
+    }
+
+    /// The slot, `0..256`, of the response `ahead` places after the next one.
+    #[must_use]
+    pub const fn response_slot(&self, ahead: u32) -> u32 {
+        self.rsp_cons.wrapping_add(ahead) & (RING_SIZE - 1)
+    }
+
+    /// Consumes `count` responses, which [`FrontRing::available`] reported.
+    pub fn consume(&mut self, count: u32) {
+        self.rsp_cons = self.rsp_cons.wrapping_add(count);
+    }
+
+    /// Asks for a notification once `wanted` (at least 1) responses wait, then looks again.
+    ///
+    /// Returns whether that many wait already.
+    ///
+    /// # Errors
+    ///
+    /// As [`FrontRing::available`].
+    pub fn arm(&mut self, wanted: u32) -> Result<bool, RingError> {
+        let wanted = wanted.max(1);
+        self.memory
+            .shared()
+            .write_u32(RSP_EVENT, self.rsp_cons.wrapping_add(wanted));
+        full_fence();
+        Ok(self.available()? >= wanted)
+    }
+}

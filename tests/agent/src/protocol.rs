@@ -11,7 +11,7 @@
 //! host  -> @@RUN <id> <timeout s> <command, escaped>
 //! host  -> @@KILL <id>
 //! host  -> @@PUT <id> <octal mode> <path, escaped>   @@DATA <id> <base64>   @@DONE <id>
-//! host  -> @@OPEN <domid> <tty path>   @@SEND <domid> <base64>   @@CLOSE <domid>
+//! host  -> @@OPEN <domid> <tty path>   @@SEND <domid> <base64>
 //! agent -> @@READY <name>
 //! agent -> @@PONG <id>
 //! agent -> @@OUT <id> <chunk, escaped>
@@ -21,7 +21,9 @@
 //!
 //! `@@RUN` does not block: several commands run at once, told apart by their
 //! id, which the host never uses twice. `@@OPEN` makes the agent in dom0 a
-//! relay to the console of another domain.
+//! relay to the console of another domain; opening one twice changes nothing, so
+//! a host that comes back after a snapshot simply opens it again. An empty
+//! `@@CON` says that the console is gone with its domain.
 //!
 //! Bounds: the host keeps a line below [`MAX_LINE`] bytes; a longer one is
 //! thrown away by [`LineAssembler`], so a wild console cannot fill memory.
@@ -92,8 +94,6 @@ pub enum Request {
         /// At most [`MAX_PIECE`] bytes.
         bytes: Vec<u8>,
     },
-    /// Ends the relay.
-    Close(u32),
 }
 
 /// How a job ended.
@@ -170,7 +170,6 @@ impl fmt::Display for Request {
             Self::Done(id) => write!(f, "@@DONE {id}"),
             Self::Open { domid, tty } => write!(f, "@@OPEN {domid} {tty}"),
             Self::Send { domid, bytes } => write!(f, "@@SEND {domid} {}", BASE64.encode(bytes)),
-            Self::Close(domid) => write!(f, "@@CLOSE {domid}"),
         }
     }
 }
@@ -231,7 +230,6 @@ impl Request {
                 domid: domid()?,
                 bytes: BASE64.decode(tail.as_bytes()).ok()?,
             },
-            "CLOSE" => Self::Close(domid()?),
             _ => return None,
         })
     }
@@ -417,7 +415,6 @@ mod tests {
                 domid: 2,
                 bytes: b"status\n".to_vec(),
             },
-            Request::Close(2),
         ];
         for request in requests {
             assert_eq!(Request::parse(&request.to_string()), Some(request));

@@ -89,8 +89,8 @@ impl<M: RingMemory, const WORDS: usize> BackRing<M, WORDS> {
     pub fn available(&self) -> Result<u32, RingError> {
         let produced = self.memory.shared().read_u32(REQ_PROD);
         let waiting = produced.wrapping_sub(self.req_cons);
-        // Requests not yet answered still occupy slots, so they bound what can be waiting.
-        let unanswered = self.req_cons.wrapping_sub(self.rsp_prod);
+        // Requests whose answer was not published still occupy slots, so they bound what can be waiting.
+        let unanswered = self.req_cons.wrapping_sub(self.rsp_published);
         if waiting > RING_SIZE.saturating_sub(unanswered) {
             return Err(RingError::ImpossibleProducer);
         }
@@ -130,11 +130,42 @@ impl<M: RingMemory, const WORDS: usize> BackRing<M, WORDS> {
         }
     }
 
+    /// The free-running index that the next response will get: a mark for [`BackRing::publish_until`] and
+    /// [`BackRing::amend`].
+    #[must_use]
+    pub const fn produced(&self) -> u32 {
+        self.rsp_prod
+    }
+
+    /// Rewrites the response with the given index, if it was written and not published yet.
+    ///
+    /// Returns whether it was. A driver may write responses before it knows how the copies behind them
+    /// ended, and amend those that failed.
+    pub fn amend(&mut self, index: u32, response: [u32; WORDS]) -> bool {
+        let unpublished = self.rsp_prod.wrapping_sub(self.rsp_published);
+        let open = index.wrapping_sub(self.rsp_published) < unpublished;
+        if open {
+            self.memory
+                .shared()
+                .write_words(slot_offset::<WORDS>(index), response);
+        }
+        open
+    }
+
     /// Shows the peer all responses written so far. Returns whether it wants a notification.
     #[must_use]
     pub fn publish(&mut self) -> bool {
-        let (old, new) = (self.rsp_published, self.rsp_prod);
-        if old == new {
+        self.publish_until(self.rsp_prod)
+    }
+
+    /// Shows the peer the responses before index `end`, and no later ones. Returns whether it wants a notification.
+    ///
+    /// An `end` that is published already, or was not written yet, publishes nothing.
+    #[must_use]
+    pub fn publish_until(&mut self, end: u32) -> bool {
+        let (old, new) = (self.rsp_published, end);
+        let unpublished = self.rsp_prod.wrapping_sub(old);
+        if old == new || new.wrapping_sub(old) > unpublished {
             return false;
         }
         write_fence();

@@ -58,26 +58,32 @@ impl SharedPage {
         }
     }
 
-    /// Copies `WORDS` 32-bit words at `offset` out of the page, each read exactly once.
+    /// Copies `WORDS` 32-bit words at `offset` out of the page, each read exactly once. Outside the page: zeros.
     ///
     /// Ring slots are multiples of 4 bytes at multiples of 4, so whole words serve.
     #[must_use]
     pub fn read_words<const WORDS: usize>(&self, offset: usize) -> [u32; WORDS] {
         let mut words = [0u32; WORDS];
-        let mut at = offset;
-        for word in &mut words {
-            *word = self.read_u32(at);
-            at = at.wrapping_add(4);
+        if let Some(address) = self.at(offset, WORDS.wrapping_mul(4), 4) {
+            for (index, word) in words.iter_mut().enumerate() {
+                // SAFETY: `index` is below `WORDS`, so this stays inside the range that `at` checked.
+                let source = unsafe { address.cast::<u32>().add(index) };
+                // SAFETY: as in `read_u32`.
+                *word = unsafe { source.read_volatile() };
+            }
         }
         words
     }
 
-    /// Copies `WORDS` 32-bit words into the page at `offset`.
+    /// Copies `WORDS` 32-bit words into the page at `offset`. Outside the page: nothing.
     pub fn write_words<const WORDS: usize>(&self, offset: usize, words: [u32; WORDS]) {
-        let mut at = offset;
-        for word in words {
-            self.write_u32(at, word);
-            at = at.wrapping_add(4);
+        if let Some(address) = self.at(offset, WORDS.wrapping_mul(4), 4) {
+            for (index, word) in words.into_iter().enumerate() {
+                // SAFETY: `index` is below `WORDS`, so this stays inside the range that `at` checked.
+                let target = unsafe { address.cast::<u32>().add(index) };
+                // SAFETY: as in `write_u32`.
+                unsafe { target.write_volatile(word) }
+            }
         }
     }
 

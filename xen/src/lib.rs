@@ -10,6 +10,7 @@
 //! | [`shared`] | [`SharedPage`]: volatile, copy-once access to memory that a peer writes at the same time |
 //! | [`ring`] | request/response rings for both roles, with private indices |
 //! | [`netif`] | the slots of the network protocol, encoded and decoded byte by byte |
+//! | [`packet`] | [`Frame`]: what both drivers pass on, a frame in pages of ours |
 //! | [`stream`] | byte rings (xenstore, console) behind one trait |
 //!
 //! # The type states of a page
@@ -27,6 +28,7 @@ extern crate alloc;
 
 pub mod hypervisor;
 pub mod netif;
+pub mod packet;
 pub mod page;
 pub mod ring;
 pub mod shared;
@@ -34,6 +36,7 @@ pub mod stream;
 pub mod types;
 
 pub use hypervisor::{Access, CopyDirection, CopyOp, Hypervisor, HypervisorCounters};
+pub use packet::{Checksum, Fragment, Frame, Gso};
 pub use page::{GrantedPage, MappedPage, PAGE_SIZE, Page, Port};
 pub use shared::SharedPage;
 pub use types::{DomId, Errno, GrantRef, GrantStatus, PortNumber, Time};

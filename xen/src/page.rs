@@ -5,7 +5,7 @@
 //! count pages, grants, mappings and ports to show that nothing leaks.
 
 use core::fmt;
-use core::ops::{Deref, DerefMut};
+use core::ops::{Deref, DerefMut, Range};
 use core::ptr::NonNull;
 
 use crate::shared::SharedPage;
@@ -14,9 +14,25 @@ use crate::types::{DomId, GrantRef, PortNumber};
 /// The size of a page in bytes.
 pub const PAGE_SIZE: usize = 4096;
 
+/// [`PAGE_SIZE`] in the type of an offset in a page.
+const PAGE_END: u16 = 4096;
+const _: () = assert!(PAGE_END as usize == PAGE_SIZE);
+
 /// A page of our own memory that nobody else can reach: 4,096 bytes, read and written as a slice.
+///
+/// # What a page remembers of its content
+///
+/// A peer that is granted a page sees all of it, so everything but the frame must be cleared first
+/// (XSA-403). Clearing whole pages per packet is too dear; therefore a page carries a high-water mark of what
+/// was written into it, and the last peer that could write anywhere in it. [`Page::clear_for`] clears
+/// exactly what is needed. Bytes from the mark on are zero, or were written by that peer and are no secret to it.
+/// The mark starts at the end of the page; writing through `DerefMut` puts it there again.
 pub struct Page {
     base: NonNull<[u8; PAGE_SIZE]>,
+    /// Bytes from here on are zero or the last writer's own.
+    dirty: u16,
+    /// The peer that last had write access, if it was not cleared since.
+    writer: Option<DomId>,
 }
 
 // SAFETY: a `Page` is the unique owner of plain bytes (obligation 1 of `from_raw`); moving it between threads
@@ -32,12 +48,70 @@ impl Page {
     ///    program runs, and no other pointer to it is used while this value (or what it turns into) lives.
     #[must_use]
     pub(crate) const unsafe fn from_raw(base: NonNull<[u8; PAGE_SIZE]>) -> Self {
-        Self { base }
+        Self {
+            base,
+            dirty: PAGE_END,
+            writer: None,
+        }
     }
 
     /// The page's address, for hypercalls and for the pool that it goes back to.
     pub(crate) const fn base(&self) -> NonNull<[u8; PAGE_SIZE]> {
         self.base
+    }
+
+    /// The high-water mark: bytes from here on are zero or were written by the last peer with write access.
+    #[must_use]
+    pub const fn dirty(&self) -> usize {
+        self.dirty as usize
+    }
+
+    /// Notes that bytes up to `end` (exclusive, at most 4,096) were or will be written, for instance by a grant copy.
+    pub fn mark_dirty(&mut self, end: usize) {
+        self.dirty = self.dirty.max(u16::try_from(end).unwrap_or(PAGE_END));
+    }
+
+    /// Notes that `peer` may have written anything anywhere: it had the page granted for writing.
+    ///
+    /// A note about another peer is not lost: the whole page then counts as written.
+    pub fn note_writer(&mut self, peer: DomId) {
+        if self.writer.is_some_and(|writer| writer != peer) {
+            self.dirty = PAGE_END;
+        }
+        self.writer = Some(peer);
+    }
+
+    /// The bytes of `range` (cut at the page's end), for writing; only they count as written.
+    pub fn bytes_mut(&mut self, range: Range<usize>) -> &mut [u8] {
+        self.mark_dirty(range.end);
+        // SAFETY: valid and unaliased (obligation 1 of `from_raw`), and `&mut self` makes it exclusive.
+        let bytes = unsafe { self.base.as_mut() };
+        let end = range.end.min(PAGE_SIZE);
+        bytes.get_mut(range.start.min(end)..end).unwrap_or_default()
+    }
+
+    /// Clears everything outside `keep` (byte offsets) that `peer` must not see, before it is granted the page.
+    ///
+    /// `peer` may see what it wrote itself. Costs nothing when the page held no more than `keep` before.
+    pub fn clear_for(&mut self, peer: DomId, keep: Range<usize>) {
+        if self.writer.is_some_and(|writer| writer != peer) {
+            self.dirty = PAGE_END;
+            self.writer = None;
+        }
+        if keep.start == 0 && self.dirty() <= keep.end {
+            return;
+        }
+        self.clear_outside(keep);
+    }
+
+    /// Zeroes the written bytes outside `keep` and lowers the mark to what is left.
+    fn clear_outside(&mut self, keep: Range<usize>) {
+        let dirty = self.dirty;
+        let end = u16::try_from(keep.end).unwrap_or(PAGE_END).min(dirty);
+        let start = u16::try_from(keep.start).unwrap_or(PAGE_END).min(end);
+        self.bytes_mut(0..usize::from(start)).fill(0);
+        self.bytes_mut(usize::from(end)..usize::from(dirty)).fill(0);
+        self.dirty = if start == end { 0 } else { end };
     }
 }
 
@@ -51,6 +125,7 @@ impl Deref for Page {
 
 impl DerefMut for Page {
     fn deref_mut(&mut self) -> &mut Self::Target {
+        self.dirty = PAGE_END;
         // SAFETY: as in `deref`, and `&mut self` makes it exclusive.
         unsafe { self.base.as_mut() }
     }

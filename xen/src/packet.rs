@@ -1,0 +1,294 @@
+//! A frame in pages of ours: what both drivers take in and pass on, without copying its payload.
+//!
+//! A [`Frame`] is a container that is used again and again: a driver fills it, the firewall edits the
+//! headers where they are, another driver empties it. The pages themselves change hands; nothing is allocated
+//! and no payload byte is touched. A container is some hundred bytes, so lend it (`&mut Frame`), do not move it.
+//!
+//! # What is guaranteed of a frame that a driver filled
+//!
+//! * 14 to 65,535 bytes in 1 to [`MAX_FRAGMENTS`] fragments, none empty, each inside its own page.
+//! * At least `min(frame length, HEADER_LEN)` bytes are in the first fragment, so that headers are linear.
+//! * Every page is ours alone: no peer can change what was parsed.
+//!
+//! The content is whatever the peer sent.
+
+use core::num::NonZeroU16;
+
+use crate::hypervisor::Hypervisor;
+use crate::netif::{GsoType, NR_SLOTS_MIN};
+use crate::page::{PAGE_SIZE, Page};
+
+/// The most fragments that a frame may have: as many as every implementation must accept in slots.
+pub const MAX_FRAGMENTS: usize = NR_SLOTS_MIN;
+/// The longest frame in bytes, Ethernet header included (the protocol's 16-bit length).
+pub const MAX_FRAME_LEN: usize = 65_535;
+/// The shortest frame in bytes: an Ethernet header.
+pub const MIN_FRAME_LEN: usize = 14;
+/// Bytes at the start of a frame that are always linear in its first page, if the frame has that many.
+///
+/// Holds Ethernet with a tag (18), IPv4 and TCP with all options (120), and an ICMP error with as much inside it.
+pub const HEADER_LEN: usize = 256;
+
+/// What the sender of a frame said about its TCP or UDP checksum.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Checksum {
+    /// The field is complete and nobody vouches for it.
+    #[default]
+    Unverified,
+    /// The field is complete and the sender says that the data is right.
+    Validated,
+    /// The field holds only the pseudo-header sum; it must be completed before the frame meets a wire.
+    Blank,
+}
+
+/// A frame that is one TCP packet to be cut into segments (TSO).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Gso {
+    /// Payload bytes of each segment (MSS).
+    pub size: NonZeroU16,
+    /// The address family that the sender claims. Not checked against the frame.
+    pub family: GsoType,
+}
+
+/// Some bytes of a frame: `len` bytes from byte `offset` of a page that holds nothing else of any frame.
+#[derive(Debug)]
+pub struct Fragment {
+    pub(crate) page: Page,
+    offset: u16,
+    len: u16,
+}
+
+impl Fragment {
+    /// Byte offset of the data in the page, `0..4096`.
+    #[must_use]
+    pub const fn offset(&self) -> u16 {
+        self.offset
+    }
+
+    /// Bytes of data, `1..=4096`.
+    #[must_use]
+    pub const fn len(&self) -> u16 {
+        self.len
+    }
+
+    /// Whether there is no data; never so inside a frame.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The data.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        let start = usize::from(self.offset);
+        self.page
+            .get(start..start.wrapping_add(usize::from(self.len)))
+            .unwrap_or_default()
+    }
+
+    /// The page, whole, for a driver that grants it or copies out of it.
+    #[must_use]
+    pub fn into_page(self) -> Page {
+        self.page
+    }
+
+    /// The byte offset just behind the data, `1..=4096`.
+    fn end(&self) -> usize {
+        usize::from(self.offset).wrapping_add(usize::from(self.len))
+    }
+}
+
+/// A frame in pages of ours, or an empty container for one. See the [module](self) for what is guaranteed.
+#[derive(Debug, Default)]
+pub struct Frame {
+    fragments: heapless::Vec<Fragment, MAX_FRAGMENTS>,
+    /// The sum of the fragments' lengths.
+    len: u32,
+    /// What is known of the L4 checksum.
+    pub checksum: Checksum,
+    /// Set on a GSO frame; `checksum` is then [`Checksum::Blank`].
+    pub gso: Option<Gso>,
+}
+
+impl Frame {
+    /// An empty container.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            fragments: heapless::Vec::new(),
+            len: 0,
+            checksum: Checksum::Unverified,
+            gso: None,
+        }
+    }
+
+    /// The frame's length in bytes, Ethernet header included.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// Whether there is no frame in the container.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The fragments in order.
+    #[must_use]
+    pub fn fragments(&self) -> &[Fragment] {
+        &self.fragments
+    }
+
+    /// The linear start of the frame: all bytes of its first page.
+    #[must_use]
+    pub fn header(&self) -> &[u8] {
+        self.fragments.first().map_or(&[], Fragment::bytes)
+    }
+
+    /// The first `len` bytes of the frame for editing, cut at the end of the first fragment.
+    ///
+    /// Ask for as few as may be edited: they are what must be cleared before the page is lent to a peer again.
+    pub fn header_mut(&mut self, len: usize) -> &mut [u8] {
+        let Some(first) = self.fragments.first_mut() else {
+            return &mut [];
+        };
+        let start = usize::from(first.offset);
+        let len = len.min(usize::from(first.len));
+        first.page.bytes_mut(start..start.wrapping_add(len))
+    }
+
+    /// All bytes of the frame, one slice per fragment.
+    pub fn bytes(&self) -> impl Iterator<Item = &[u8]> {
+        self.fragments.iter().map(Fragment::bytes)
+    }
+
+    /// Copies bytes of the frame from byte `at` on. Returns how many were there.
+    pub fn copy_to(&self, at: usize, to: &mut [u8]) -> usize {
+        let (mut skip, mut done) = (at, 0usize);
+        for bytes in self.bytes() {
+            let Some(bytes) = bytes.get(skip..) else {
+                skip = skip.wrapping_sub(bytes.len());
+                continue;
+            };
+            skip = 0;
+            let room = to.get_mut(done..).unwrap_or_default();
+            let count = bytes.len().min(room.len());
+            if let (Some(room), Some(bytes)) = (room.get_mut(..count), bytes.get(..count)) {
+                room.copy_from_slice(bytes);
+            }
+            done = done.wrapping_add(count);
+        }
+        done
+    }
+
+    /// Fills the container with a frame of our own making.
+    ///
+    /// What it held before goes back to the pool. `bytes` may be up to one page; it is copied.
+    /// Returns whether a page was there and `bytes` fitted; if not, the container is empty.
+    pub fn fill<H: Hypervisor + ?Sized>(&mut self, hv: &mut H, bytes: &[u8]) -> bool {
+        self.release(hv);
+        if bytes.is_empty() || bytes.len() > PAGE_SIZE {
+            return false;
+        }
+        let Some(mut page) = hv.allocate() else {
+            return false;
+        };
+        page.bytes_mut(0..bytes.len()).copy_from_slice(bytes);
+        let pushed = self.push(page, 0, u16::try_from(bytes.len()).unwrap_or(0));
+        if let Err(page) = pushed {
+            hv.release(page);
+            return false;
+        }
+        true
+    }
+
+    /// Appends a fragment.
+    ///
+    /// # Errors
+    ///
+    /// Gives the page back, and leaves the frame as it was, when the fragment is empty or leaves its page,
+    /// when there are [`MAX_FRAGMENTS`] already, or when the frame would be longer than [`MAX_FRAME_LEN`].
+    pub fn push(&mut self, page: Page, offset: u16, len: u16) -> Result<(), Page> {
+        let end = u32::from(offset).wrapping_add(u32::from(len));
+        let total = self.len.wrapping_add(u32::from(len));
+        if len == 0 || end > 4096 || total > 65_535 {
+            return Err(page);
+        }
+        self.fragments
+            .push(Fragment { page, offset, len })
+            .map_err(|fragment| fragment.page)?;
+        self.len = total;
+        Ok(())
+    }
+
+    /// Takes the first fragment of a frame that has just one. The container is empty afterwards.
+    pub fn take_single(&mut self) -> Option<Fragment> {
+        if self.fragments.len() != 1 {
+            return None;
+        }
+        let fragment = self.fragments.pop();
+        self.reset();
+        fragment
+    }
+
+    /// Empties the container, giving the fragments in order. Fragments that are not taken are leaked.
+    pub fn drain(&mut self) -> impl Iterator<Item = Fragment> {
+        self.reset();
+        self.fragments.drain(..)
+    }
+
+    /// Gives all pages back to the pool and empties the container.
+    pub fn release<H: Hypervisor + ?Sized>(&mut self, hv: &mut H) {
+        for fragment in self.drain() {
+            hv.release(fragment.page);
+        }
+    }
+
+    /// Makes the first `wanted` bytes (at most [`HEADER_LEN`]) linear in the first page, if the frame has that many.
+    ///
+    /// A sender that fills its slots never needs this; one that splits headers over slots costs us a copy of
+    /// at most `wanted` bytes. Pages that become empty go back to the pool.
+    pub fn linearize<H: Hypervisor + ?Sized>(&mut self, hv: &mut H, wanted: usize) {
+        let wanted = wanted.min(HEADER_LEN).min(self.len());
+        if self.header().len() >= wanted {
+            return;
+        }
+        let mut bytes = [0u8; HEADER_LEN];
+        let Some(bytes) = bytes.get_mut(..wanted) else {
+            return;
+        };
+        let pulled = self.copy_to(0, bytes).wrapping_sub(self.header().len());
+        if let Some(first) = self.fragments.first_mut() {
+            // Offset 0 leaves room for any header; what the page held there is copied already.
+            first.page.bytes_mut(0..wanted).copy_from_slice(bytes);
+            first.offset = 0;
+            first.len = u16::try_from(wanted).unwrap_or(0);
+        }
+        self.consume_behind_first(hv, pulled);
+    }
+
+    /// Removes `count` bytes behind the first fragment.
+    fn consume_behind_first<H: Hypervisor + ?Sized>(&mut self, hv: &mut H, mut count: usize) {
+        while count > 0 {
+            let Some(next) = self.fragments.get_mut(1) else {
+                return;
+            };
+            let cut = count.min(usize::from(next.len));
+            let cut_len = u16::try_from(cut).unwrap_or(u16::MAX);
+            count = count.wrapping_sub(cut);
+            next.len = next.len.saturating_sub(cut_len);
+            next.offset = next.offset.saturating_add(cut_len);
+            if next.len == 0 {
+                hv.release(self.fragments.remove(1).page);
+            }
+        }
+    }
+
+    /// Clears the description of a frame whose fragments are gone or about to be drained.
+    fn reset(&mut self) {
+        self.len = 0;
+        self.checksum = Checksum::Unverified;
+        self.gso = None;
+    }
+}

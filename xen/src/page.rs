@@ -18,6 +18,15 @@ pub const PAGE_SIZE: usize = 4096;
 const PAGE_END: u16 = 4096;
 const _: () = assert!(PAGE_END as usize == PAGE_SIZE);
 
+/// What a page remembers of its content, for a pool to keep while it has the page. See [`Page`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PageMarks {
+    /// Bytes from here on are zero or the last writer's own.
+    dirty: u16,
+    /// The peer that last had write access, if it was not cleared since.
+    writer: Option<DomId>,
+}
+
 /// A page of our own memory that nobody else can reach: 4,096 bytes, read and written as a slice.
 ///
 /// # What a page remembers of its content
@@ -29,10 +38,7 @@ const _: () = assert!(PAGE_END as usize == PAGE_SIZE);
 /// The mark starts at the end of the page; writing through `DerefMut` puts it there again.
 pub struct Page {
     base: NonNull<[u8; PAGE_SIZE]>,
-    /// Bytes from here on are zero or the last writer's own.
-    dirty: u16,
-    /// The peer that last had write access, if it was not cleared since.
-    writer: Option<DomId>,
+    marks: PageMarks,
 }
 
 // SAFETY: a `Page` is the unique owner of plain bytes (obligation 1 of `from_raw`); moving it between threads
@@ -48,11 +54,33 @@ impl Page {
     ///    program runs, and no other pointer to it is used while this value (or what it turns into) lives.
     #[must_use]
     pub(crate) const unsafe fn from_raw(base: NonNull<[u8; PAGE_SIZE]>) -> Self {
-        Self {
-            base,
+        let marks = PageMarks {
             dirty: PAGE_END,
             writer: None,
-        }
+        };
+        Self { base, marks }
+    }
+
+    /// Takes the page apart for a pool: its address, and what it remembers.
+    ///
+    /// A pool that drops the marks is safe and slow: every page then counts as full of secrets, and is cleared whole
+    /// each time it is granted.
+    pub(crate) const fn into_parts(self) -> (NonNull<[u8; PAGE_SIZE]>, PageMarks) {
+        (self.base, self.marks)
+    }
+
+    /// Puts together what [`Page::into_parts`] took apart. A pool that wrote a link into the page in the meantime
+    /// tells so with [`Page::mark_dirty`].
+    ///
+    /// # Safety
+    ///
+    /// 1. As for [`Page::from_raw`].
+    /// 2. `marks` came with this page, and nothing was written into it since but what `mark_dirty` is told next.
+    pub(crate) const unsafe fn from_parts(
+        base: NonNull<[u8; PAGE_SIZE]>,
+        marks: PageMarks,
+    ) -> Self {
+        Self { base, marks }
     }
 
     /// The page's address, for hypercalls and for the pool that it goes back to.
@@ -63,22 +91,22 @@ impl Page {
     /// The high-water mark: bytes from here on are zero or were written by the last peer with write access.
     #[must_use]
     pub const fn dirty(&self) -> usize {
-        self.dirty as usize
+        self.marks.dirty as usize
     }
 
     /// Notes that bytes up to `end` (exclusive, at most 4,096) were or will be written, for instance by a grant copy.
     pub fn mark_dirty(&mut self, end: usize) {
-        self.dirty = self.dirty.max(u16::try_from(end).unwrap_or(PAGE_END));
+        self.marks.dirty = self.marks.dirty.max(u16::try_from(end).unwrap_or(PAGE_END));
     }
 
     /// Notes that `peer` may have written anything anywhere: it had the page granted for writing.
     ///
     /// A note about another peer is not lost: the whole page then counts as written.
     pub fn note_writer(&mut self, peer: DomId) {
-        if self.writer.is_some_and(|writer| writer != peer) {
-            self.dirty = PAGE_END;
+        if self.marks.writer.is_some_and(|writer| writer != peer) {
+            self.marks.dirty = PAGE_END;
         }
-        self.writer = Some(peer);
+        self.marks.writer = Some(peer);
     }
 
     /// The bytes of `range` (cut at the page's end), for writing; only they count as written.
@@ -94,9 +122,9 @@ impl Page {
     ///
     /// `peer` may see what it wrote itself. Costs nothing when the page held no more than `keep` before.
     pub fn clear_for(&mut self, peer: DomId, keep: Range<usize>) {
-        if self.writer.is_some_and(|writer| writer != peer) {
-            self.dirty = PAGE_END;
-            self.writer = None;
+        if self.marks.writer.is_some_and(|writer| writer != peer) {
+            self.marks.dirty = PAGE_END;
+            self.marks.writer = None;
         }
         if keep.start == 0 && self.dirty() <= keep.end {
             return;
@@ -106,12 +134,12 @@ impl Page {
 
     /// Zeroes the written bytes outside `keep` and lowers the mark to what is left.
     fn clear_outside(&mut self, keep: Range<usize>) {
-        let dirty = self.dirty;
+        let dirty = self.marks.dirty;
         let end = u16::try_from(keep.end).unwrap_or(PAGE_END).min(dirty);
         let start = u16::try_from(keep.start).unwrap_or(PAGE_END).min(end);
         self.bytes_mut(0..usize::from(start)).fill(0);
         self.bytes_mut(usize::from(end)..usize::from(dirty)).fill(0);
-        self.dirty = if start == end { 0 } else { end };
+        self.marks.dirty = if start == end { 0 } else { end };
     }
 }
 
@@ -125,7 +153,7 @@ impl Deref for Page {
 
 impl DerefMut for Page {
     fn deref_mut(&mut self) -> &mut Self::Target {
-        self.dirty = PAGE_END;
+        self.marks.dirty = PAGE_END;
         // SAFETY: as in `deref`, and `&mut self` makes it exclusive.
         unsafe { self.base.as_mut() }
     }

@@ -103,7 +103,7 @@ const NOT_THIS_FAMILY: Decision = Decision {
 /// The lines of a chain by address.
 #[derive(Debug)]
 pub(super) struct Index<A> {
-    /// Where the responsible line changes, ascending. Address 0 is not listed.
+    /// Where the responsible line changes, ascending; equal addresses are possible.
     pub(super) starts: Vec<A>,
     /// The longest prefix's line before the first start, then from each start on. One more than
     /// `starts`.
@@ -224,8 +224,8 @@ impl<A: AddressBits> Index<A> {
         let piece = self.starts.partition_point(|start| *start <= destination);
         let mut next = self.responsible.get(piece).copied();
         let mut best = Outcome::NONE;
-        // The outermost line has nothing around it, so the loop ends there. Lines only point to lines
-        // before them, so it ends in any case.
+        // A line points to one before it; the outermost, which is the first, has nothing better around
+        // it by construction. So the loop ends there at the latest.
         while let Some(line) = next.and_then(|line| self.lines.get(usize::from(line))) {
             best = best.min(ask(line));
             if best <= line.best_around {

@@ -97,12 +97,20 @@ pub(super) struct Builder<A> {
 impl<A: AddressBits> Builder<A> {
     /// Starts with sorted entries, at most [`super::MAX_LINES`].
     pub(super) fn new(entries: Vec<Entry<A>>) -> Self {
+        // Growing these later would copy all of them within one step.
+        let count = entries.len();
+        let index = Index {
+            starts: Vec::with_capacity(2 * count),
+            responsible: Vec::with_capacity(2 * count + 1),
+            lines: Vec::with_capacity(count + 1),
+            cells: Vec::with_capacity(CELLS_PER_ENTRY * count),
+        };
         let mut builder = Self {
             entries,
             next: 0,
             open: Vec::new(),
             draft: None,
-            index: Index::EMPTY,
+            index,
         };
         if builder.entries.first().is_none_or(|entry| entry.length > 0) {
             // No rule is about all addresses: the outermost line is empty.
@@ -133,10 +141,10 @@ impl<A: AddressBits> Builder<A> {
     /// Ends the work, once [`Self::step`] has returned true.
     pub(super) fn finish(mut self) -> Index<A> {
         self.close(None);
-        self.index.cells.shrink_to_fit();
-        self.index.lines.shrink_to_fit();
-        self.index.starts.shrink_to_fit();
-        self.index.responsible.shrink_to_fit();
+        give_back(&mut self.index.starts);
+        give_back(&mut self.index.responsible);
+        give_back(&mut self.index.lines);
+        give_back(&mut self.index.cells);
         self.index
     }
 
@@ -347,27 +355,28 @@ impl<A: AddressBits> Builder<A> {
         }
     }
 
-    /// From `start` on, `line` is the innermost.
+    /// From `start` on, `line` is the innermost. Of several borders at one address the last one counts.
     fn border(&mut self, start: A, line: u16) {
-        let Index {
-            starts,
-            responsible,
-            ..
-        } = &mut self.index;
-        let same_start = match starts.last() {
-            Some(last) => *last == start,
-            None => start == A::default() && !responsible.is_empty(),
-        };
-        match responsible.last_mut() {
-            Some(last) if same_start => *last = line,
-            Some(last) if *last == line => {}
-            Some(_) => {
-                starts.push(start);
-                responsible.push(line);
-            }
+        match self.index.responsible.last() {
             // The outermost line begins at address 0, which is not listed.
-            None => responsible.push(line),
+            None => self.index.responsible.push(line),
+            Some(&last) if last == line => {}
+            Some(_) => {
+                self.index.starts.push(start);
+                self.index.responsible.push(line);
+            }
         }
+    }
+}
+
+/// Cells to expect per entry. A range of ports takes up to four in each protocol it is for: a head and
+/// three intervals.
+const CELLS_PER_ENTRY: usize = 6;
+
+/// Gives unused capacity back if it is a quarter or more; that may copy what is used.
+fn give_back<T>(items: &mut Vec<T>) {
+    if items.capacity() - items.len() >= items.capacity() / 4 {
+        items.shrink_to_fit();
     }
 }
 

@@ -39,6 +39,52 @@ pub enum Phase {
     Closed,
 }
 
+/// What a poll wants next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Activity {
+    /// There is more to do at once; poll again before sleeping.
+    pub more: bool,
+    /// Poll again at this time even if nothing happens.
+    pub deadline: Option<Time>,
+}
+
+impl Activity {
+    /// Nothing to do before `deadline` unless something happens.
+    #[must_use]
+    pub const fn at(deadline: Option<Time>) -> Self {
+        Self {
+            more: false,
+            deadline,
+        }
+    }
+
+    /// More to do at once.
+    #[must_use]
+    pub const fn again() -> Self {
+        Self {
+            more: true,
+            deadline: None,
+        }
+    }
+
+    /// Both wishes in one.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            more: self.more || other.more,
+            deadline: earlier(self.deadline, other.deadline),
+        }
+    }
+}
+
+/// The earlier of two times, if there are any.
+fn earlier(one: Option<Time>, other: Option<Time>) -> Option<Time> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
+
 /// Where channels come from.
 pub trait Channels {
     /// A channel in any phase. Reads and writes before it is open move nothing.

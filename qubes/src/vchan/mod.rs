@@ -35,7 +35,7 @@ pub mod server;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use channels::{Channel, Channels, Phase, Registry, XenChannels};
+pub use channels::{Activity, Channel, Channels, Phase, Registry, XenChannels};
 pub use directory::StoreRequest;
 pub use duplex::{Duplex, Role};
 pub use layout::{Order, Orders};

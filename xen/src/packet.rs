@@ -158,6 +158,21 @@ impl Frame {
         first.page.bytes_mut(start..start.wrapping_add(len))
     }
 
+    /// All bytes of the first fragment, of which only the first `edited` may be changed.
+    ///
+    /// For a reader that looks at more than it edits: a change beyond `edited` would not be cleared before the page
+    /// is lent to a peer again, so the peer that wrote the page could see it.
+    pub fn header_for_edit(&mut self, edited: usize) -> &mut [u8] {
+        let Some(first) = self.fragments.first_mut() else {
+            return &mut [];
+        };
+        let start = usize::from(first.offset);
+        let end = start.wrapping_add(usize::from(first.len));
+        first
+            .page
+            .bytes_mut_marking(start..end, start.wrapping_add(edited).min(end))
+    }
+
     /// All bytes of the frame, one slice per fragment.
     pub fn bytes(&self) -> impl Iterator<Item = &[u8]> {
         self.fragments.iter().map(Fragment::bytes)

@@ -88,6 +88,12 @@ impl Page {
         self.base
     }
 
+    /// The frame number as Xen wants it: our page tables map every address to itself.
+    #[cfg(all(target_arch = "x86_64", any(test, feature = "guest")))]
+    pub(crate) fn frame(&self) -> u64 {
+        (self.base.as_ptr().expose_provenance() / PAGE_SIZE) as u64
+    }
+
     /// The high-water mark: bytes from here on are zero or were written by the last peer with write access.
     #[must_use]
     pub const fn dirty(&self) -> usize {
@@ -111,7 +117,13 @@ impl Page {
 
     /// The bytes of `range` (cut at the page's end), for writing; only they count as written.
     pub fn bytes_mut(&mut self, range: Range<usize>) -> &mut [u8] {
-        self.mark_dirty(range.end);
+        let end = range.end;
+        self.bytes_mut_marking(range, end)
+    }
+
+    /// The bytes of `range` (cut at the page's end), of which those before `written` count as written.
+    pub(crate) fn bytes_mut_marking(&mut self, range: Range<usize>, written: usize) -> &mut [u8] {
+        self.mark_dirty(written);
         // SAFETY: valid and unaliased (obligation 1 of `from_raw`), and `&mut self` makes it exclusive.
         let bytes = unsafe { self.base.as_mut() };
         let end = range.end.min(PAGE_SIZE);

@@ -12,6 +12,10 @@
 //! | [`netif`] | the slots of the network protocol, encoded and decoded byte by byte |
 //! | [`packet`] | [`Frame`]: what both drivers pass on, a frame in pages of ours |
 //! | [`stream`] | byte rings (xenstore, console) behind one trait |
+//! | `guest` | the real [`Hypervisor`]: grants, events, time; what the image starts with. Feature `guest` |
+//! | `boot` | PVH entry, page tables, exceptions, start info. Feature `guest` |
+//! | `console`, `store` | the rings that the toolstack gives every domain. Feature `guest` |
+//! | `shutdown` | the ends of the domain. Feature `guest` |
 //!
 //! # The type states of a page
 //!
@@ -23,8 +27,52 @@
 //! Grant copies take `&mut [Page]` and name pages by their index in that slice, so the borrow
 //! checker knows that nobody looks at a page while Xen writes it.
 #![cfg_attr(not(any(test, feature = "fake")), no_std)]
+#![cfg_attr(
+    not(feature = "guest"),
+    allow(
+        dead_code,
+        reason = "the host uses what the fake and the tests need; only the image uses everything"
+    )
+)]
 
 extern crate alloc;
+
+// The guest side compiles for tests too, so that its pure parts are tested on the host; what needs the image's linker
+// script or privilege level 0 is left out there.
+macro_rules! guest_modules {
+    ($($(#[$attribute:meta])* $visibility:vis mod $name:ident;)*) => {
+        $(
+            #[cfg(all(target_arch = "x86_64", any(test, feature = "guest")))]
+            $(#[$attribute])*
+            $visibility mod $name;
+        )*
+    };
+}
+
+guest_modules! {
+    pub(crate) mod abi;
+    pub mod boot;
+    pub(crate) mod byte_ring;
+    pub(crate) mod clock;
+    pub mod console;
+    pub(crate) mod copy;
+    pub(crate) mod cpu;
+    pub mod discovery;
+    pub mod entropy;
+    pub(crate) mod grant;
+    pub mod guest;
+    pub(crate) mod hole;
+    pub(crate) mod hypercall;
+    pub mod memory;
+    pub(crate) mod shared_info;
+    pub mod shutdown;
+    pub mod store;
+}
+
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+#[cfg(test)]
+mod testing;
 
 pub mod hypervisor;
 pub mod netif;

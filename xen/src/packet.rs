@@ -91,11 +91,6 @@ impl Fragment {
     pub fn into_page(self) -> Page {
         self.page
     }
-
-    /// The byte offset just behind the data, `1..=4096`.
-    fn end(&self) -> usize {
-        usize::from(self.offset).wrapping_add(usize::from(self.len))
-    }
 }
 
 /// A frame in pages of ours, or an empty container for one. See the [module](self) for what is guaranteed.

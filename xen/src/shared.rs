@@ -29,6 +29,12 @@ impl SharedPage {
         Self { base }
     }
 
+    /// The page's address, for whoever mapped it.
+    #[cfg(all(target_arch = "x86_64", any(test, feature = "guest")))]
+    pub(crate) fn address(&self) -> u64 {
+        self.base.as_ptr().expose_provenance() as u64
+    }
+
     /// The address of `len` bytes at `offset`, if they lie in the page and `offset` is a multiple of `align`.
     fn at(&self, offset: usize, len: usize, align: usize) -> Option<NonNull<u8>> {
         let end = offset.checked_add(len)?;

@@ -37,8 +37,6 @@
 
 extern crate alloc;
 
-#[cfg(any(test, feature = "fake"))]
-pub mod fake;
 // The guest side compiles for tests too, so that its pure parts are tested on the host; what needs the image's linker
 // script or privilege level 0 is left out there.
 macro_rules! guest_modules {

@@ -1,10 +1,33 @@
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
-//! Thin composition of the drivers and the engine.
+//! Thin composition of the drivers and the engine; the only crate that knows both a ring and a rule.
+//!
+//! # Shape
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`machine`] | [`Firewall`](machine::Firewall): one step of the whole, called in a loop |
+//! | [`data_path`] | frames from ring to ring: drivers, copy batch, engine |
+//! | [`devices`] | obeys the xenbus handshakes: connects and disconnects drivers |
+//! | [`settings`] | what dom0 says, put in force: addresses, resolvers, rules |
+//! | [`snapshot`] | everything that can be seen from outside, as one encodable value |
+//! | [`command`] | the operator's commands, which render a snapshot |
+//! | [`terminal`], [`logger`] | the console: lines in, text and log lines out, all bounded |
+//! | [`plan`] | how memory is shared out |
+//!
+//! The library runs over any [`xen::Hypervisor`]: in the image over Xen, in tests over the fake. The image's
+//! binary (`main.rs`, feature `image`) adds the entry, the heap and the panic handler, and nothing else.
 
 extern crate alloc;
 
 pub mod command;
+pub mod data_path;
+pub mod devices;
+mod egress;
 pub mod logger;
+pub mod machine;
+mod observe;
+pub mod plan;
+pub mod settings;
 pub mod snapshot;
 pub mod terminal;

@@ -94,11 +94,7 @@ impl Terminal {
                 0x08 | 0x7f => {
                     self.input.pop();
                 }
-                b' '..=b'~' => {
-                    if self.input.push(char::from(*byte)).is_err() {
-                        self.skipping = true;
-                    }
-                }
+                b' '..=b'~' => self.skipping |= self.input.push(char::from(*byte)).is_err(),
                 _ => {}
             }
         }

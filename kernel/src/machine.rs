@@ -1,0 +1,353 @@
+//! The whole firewall: control plane, settings, devices, data path and console, moved on in one loop.
+//!
+//! [`Firewall::step`] is one iteration. Nothing in it waits but [`Hypervisor::wait`] at its end, and only when
+//! all rings are armed and empty; work on the control plane is done in small pieces between bursts of frames.
+//! The same code runs on Xen and on the host over the fake hypervisor.
+
+use alloc::borrow::Cow;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::time::Duration;
+
+use firewall::{Engine, Limits};
+use xen::stream::ByteStream;
+use xen::{Hypervisor, PortNumber, Time};
+use xenstore::{ControlEvent, ControlPlane, Event, Shutdown};
+
+use crate::command::{self, Invocation};
+use crate::data_path::DataPath;
+use crate::devices::{Change, Devices};
+use crate::logger::LOGGER;
+use crate::observe;
+use crate::settings::Settings;
+use crate::snapshot::{Client, Counter, Memory, Scope, Snapshot, Uplink};
+use crate::terminal::Terminal;
+
+/// Flows and fragments that may be expired in one iteration.
+const EXPIRIES_PER_ITERATION: u32 = 64;
+/// The longest sleep, so that counters and clocks are looked at now and then.
+const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// What the firewall needs to know of the machine before it starts.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Sizes of the engine's tables.
+    pub limits: Limits,
+    /// Receive buffers towards the uplink, one page each.
+    pub rx_buffers: u32,
+    /// Unpredictable bytes: hash keys and port choice come from them.
+    pub seed: [u8; 32],
+    /// When the image's first instruction ran.
+    pub started: Time,
+    /// Pages in the pool.
+    pub pool_pages: usize,
+    /// The event channels that are not a device's: xenstore's, and the console's if there is one.
+    pub ports: Vec<PortNumber>,
+}
+
+/// How the loop goes on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Call [`Firewall::step`] again.
+    Continue,
+    /// End the domain: dom0 asked for it.
+    End(Shutdown),
+    /// End the domain as crashed: the connection to xenstore is lost for good.
+    StoreLost,
+}
+
+/// How much of the heap is used, told by whoever owns the allocator.
+pub type HeapUse = fn() -> (u64, u64);
+
+/// The whole firewall.
+pub struct Firewall {
+    control: ControlPlane,
+    data: DataPath,
+    devices: Devices,
+    settings: Settings,
+    terminal: Terminal,
+    setup: Setup,
+    heap: HeapUse,
+    ready: Option<Time>,
+    end: Option<Shutdown>,
+}
+
+impl Firewall {
+    /// A firewall without devices or settings. Allocates all tables of the data path.
+    #[must_use]
+    pub fn new(setup: Setup, control: ControlPlane, heap: HeapUse) -> Self {
+        let engine = Engine::new(setup.limits, setup.seed);
+        Self {
+            control,
+            data: DataPath::new(engine),
+            devices: Devices::new(setup.rx_buffers),
+            settings: Settings::new(),
+            terminal: Terminal::new(),
+            setup,
+            heap,
+            ready: None,
+            end: None,
+        }
+    }
+
+    /// Does what there is to do, and sleeps if there is nothing.
+    pub fn step<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        store: &mut impl ByteStream,
+        console: &mut impl ByteStream,
+    ) -> Step {
+        let now = hv.now();
+        LOGGER.set_uptime(now.since(self.setup.started));
+        for port in &self.setup.ports {
+            hv.take_pending(*port);
+        }
+        if !self.control_plane(hv, store, now) {
+            return Step::StoreLost;
+        }
+        self.serve_console(console, hv);
+        if let Some(end) = self.end {
+            return Step::End(end);
+        }
+        self.data.take_events(hv);
+        let moved = self.data.iterate(hv);
+        self.devices
+            .report_faults(&mut self.data, &mut self.control);
+        let expiring = self
+            .data
+            .engine
+            .tick(firewall::Time::from_nanos(now.0), EXPIRIES_PER_ITERATION);
+        if moved || expiring {
+            hv.refresh_time();
+            return Step::Continue;
+        }
+        self.data.sweep_quarantine(hv);
+        if !self.data.arm() {
+            self.sleep(hv, now);
+        }
+        Step::Continue
+    }
+
+    /// Sleeps until a port is pending or something is due.
+    fn sleep<H: Hypervisor>(&self, hv: &mut H, now: Time) {
+        let engine = self
+            .data
+            .engine
+            .next_deadline(firewall::Time::from_nanos(now.0))
+            .map(|time| Time(time.as_nanos()));
+        let deadline = [
+            engine,
+            self.data.deadline(),
+            self.control.deadline(),
+            self.settings.deadline(),
+            Some(now.plus(LONGEST_SLEEP)),
+        ];
+        let mut ports = self.setup.ports.clone();
+        ports.extend(self.data.ports());
+        hv.wait(&ports, deadline.into_iter().flatten().min());
+    }
+
+    /// Moves the control plane on. Returns whether the store is still there.
+    fn control_plane<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        store: &mut impl ByteStream,
+        now: Time,
+    ) -> bool {
+        // An event's answer may bring the next request at once: twice per iteration is prompt, and bounded.
+        for _ in 0..2 {
+            if let Err(error) = self.control.poll(store, now) {
+                log::error!("xenstore: {error}");
+                return false;
+            }
+            let mut any = false;
+            while let Some(event) = self.control.next_event() {
+                any = true;
+                self.obey(hv, event, now);
+            }
+            if !any {
+                break;
+            }
+        }
+        self.settings.step(&mut self.data.engine, now);
+        true
+    }
+
+    fn obey<H: Hypervisor>(&mut self, hv: &mut H, event: Event, now: Time) {
+        match event {
+            Event::Backend(event) => {
+                self.devices
+                    .backend(hv, &mut self.data, &mut self.control, event);
+            }
+            Event::Uplink(event) => {
+                let change =
+                    self.devices
+                        .uplink_event(hv, &mut self.data, &mut self.control, event);
+                if change == Change::Uplink {
+                    let mac = self.devices.uplink().map(|offer| offer.mac);
+                    self.settings.set_uplink(&mut self.data.engine, mac);
+                }
+            }
+            Event::Config(event) => self.settings.change(&mut self.data.engine, event, now),
+            Event::Control(ControlEvent::Identity { name, .. }) => {
+                self.ready = Some(hv.refresh_time());
+                let took = hv.now().since(self.setup.started);
+                log::info!(
+                    "ready for clients as {name:?}, {}.{:03} ms after entry",
+                    took.as_millis(),
+                    took.as_micros() % 1000
+                );
+            }
+            Event::Control(ControlEvent::Shutdown(end)) => {
+                log::info!("dom0 asks for {end:?}");
+                self.end = Some(end);
+            }
+            Event::Control(ControlEvent::SysRq(key)) => {
+                log::info!("system request {:?} ignored", char::from(key));
+            }
+        }
+    }
+
+    /// Prints log lines, answers commands.
+    fn serve_console<H: Hypervisor>(&mut self, console: &mut impl ByteStream, hv: &H) {
+        while self.terminal.room() > crate::logger::LINE_BYTES
+            && let Some(line) = LOGGER.take()
+        {
+            self.terminal.print_line(&line);
+        }
+        let mut lines: heapless::Vec<String, 4> = heapless::Vec::new();
+        let _ = self.terminal.pump(console, |line| {
+            let _ = lines.push(String::from(line));
+        });
+        for line in lines {
+            let text = self.answer(hv, &line);
+            for line in text.lines() {
+                self.terminal.print_line(line);
+            }
+        }
+        // A console whose indices are impossible is dom0's fault and costs only the console.
+        let _ = self.terminal.flush(console);
+    }
+
+    /// The output of a command line.
+    #[must_use]
+    pub fn answer<H: Hypervisor>(&self, hv: &H, line: &str) -> String {
+        match command::parse(line) {
+            Ok(None) => String::new(),
+            Ok(Some(invocation)) => self.run(hv, &invocation),
+            Err(error) => alloc::format!("{error}"),
+        }
+    }
+
+    fn run<H: Hypervisor>(&self, hv: &H, invocation: &Invocation) -> String {
+        let snapshot = self.snapshot(hv, invocation.scope());
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ = invocation.render(&snapshot, &mut text);
+        text
+    }
+
+    /// What can be seen now.
+    #[must_use]
+    pub fn snapshot<H: Hypervisor>(&self, hv: &H, scope: Scope) -> Snapshot {
+        let now = hv.now();
+        let engine = &self.data.engine;
+        let engine_now = firewall::Time::from_nanos(now.0);
+        let (heap_bytes, heap_used_bytes) = (self.heap)();
+        let page_bytes = |pages: usize| {
+            u64::try_from(pages)
+                .unwrap_or(u64::MAX)
+                .saturating_mul(4096)
+        };
+        let after_start = |time: Time| {
+            u64::try_from(time.since(self.setup.started).as_nanos()).unwrap_or(u64::MAX)
+        };
+        Snapshot {
+            release: Cow::Borrowed(env!("CARGO_PKG_VERSION")),
+            uptime_nanos: after_start(now),
+            ready_nanos: self.ready.map_or(0, after_start),
+            source: Cow::Borrowed("xenstore"),
+            missing: self.settings.missing(),
+            memory: Memory {
+                heap_bytes,
+                heap_used_bytes,
+                pool_bytes: page_bytes(self.setup.pool_pages),
+                pool_free_bytes: page_bytes(hv.free_pages()),
+            },
+            counters: self.counters(hv),
+            drops: observe::drops(engine.drops(), true),
+            uplink: self.uplink_view(),
+            clients: self.client_views(),
+            flows_total: engine.flow_count(),
+            flows: observe::flows(engine, scope.flows, scope.client, engine_now),
+            rules: if scope.rules {
+                self.settings.rules(scope.client)
+            } else {
+                Vec::new()
+            },
+        }
+    }
+
+    fn counters<H: Hypervisor>(&self, hv: &H) -> Vec<Counter> {
+        let mut counters = observe::engine(self.data.engine.counters());
+        counters.extend(observe::main_loop(self.data.counters()));
+        counters.extend(observe::hypervisor(&hv.counters()));
+        counters.extend(observe::store(&self.control.counters()));
+        let count = |value: usize| u64::try_from(value).unwrap_or(u64::MAX);
+        for (name, value) in [
+            ("store.watches", count(self.control.watch_count())),
+            (
+                "uplink.quarantined-pages",
+                count(self.data.quarantined_pages()),
+            ),
+            ("console.dropped-bytes", self.terminal.dropped_bytes()),
+            ("log.dropped-lines", LOGGER.dropped()),
+        ] {
+            counters.push(Counter {
+                name: Cow::Borrowed(name),
+                value,
+            });
+        }
+        counters
+    }
+
+    fn uplink_view(&self) -> Option<Uplink> {
+        let status = self.control.uplink();
+        let backend = status.backend?;
+        let driver = self.data.uplink();
+        let (ip4, ip6) = self.settings.own_addresses();
+        Some(Uplink {
+            domid: backend.0,
+            connected: driver.is_some(),
+            mac: self.devices.uplink().map_or([0; 6], |offer| offer.mac),
+            ip4,
+            ip6,
+            counters: driver.map_or_else(Vec::new, |driver| observe::uplink(driver.counters())),
+        })
+    }
+
+    fn client_views(&self) -> Vec<Client> {
+        let engine: Vec<_> = self.data.engine.clients().collect();
+        let view = |status: xenstore::VifStatus| {
+            let connected = self.devices.client(&status.device);
+            let vif = connected.and_then(|client| self.data.vif(client.id));
+            let seen = connected.and_then(|client| engine.iter().find(|view| view.id == client.id));
+            let driver = vif.map(netback::Vif::counters).copied().unwrap_or_default();
+            Client {
+                domid: status.device.client.0,
+                handle: status.device.handle,
+                mac: status.mac.unwrap_or_default(),
+                addresses: status.addresses,
+                connected: vif.is_some(),
+                flows: seen.map_or(0, |seen| seen.flows),
+                bytes_in: driver.received_bytes,
+                bytes_out: driver.sent_bytes,
+                frames_in: driver.received_frames,
+                frames_out: driver.sent_frames,
+                drops: seen.map_or_else(Vec::new, |seen| observe::drops(&seen.drops, false)),
+                counters: observe::vif(&driver),
+            }
+        };
+        self.control.vifs().into_iter().map(view).collect()
+    }
+}

@@ -9,6 +9,7 @@ extern crate std;
 pub mod address_text;
 pub mod excerpt;
 pub mod firewall_tree;
+pub mod qrexec;
 pub mod qubesdb;
 pub mod reload;
 pub mod rule_text;

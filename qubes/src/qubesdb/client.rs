@@ -297,7 +297,7 @@ const fn bump(counter: &mut u64) {
 mod tests {
     use super::*;
     use crate::qubesdb::message::HEADER;
-    use crate::vchan::testing::{End, pipes};
+    use crate::vchan::pipes::{End, pipes};
     use alloc::format;
     use alloc::string::String;
 

@@ -10,6 +10,7 @@
 //! | [`server`], [`client`] | set-up and clean-up over the hypervisor, one file per role |
 //! | [`directory`] | what goes into and comes out of xenstore, as plain paths and values |
 //! | [`channels`] | both roles behind one trait, so that the protocols above also run over pipes |
+//! | `pipes` | the channels of host tests (feature `pipes`) |
 //!
 //! # Trust
 //!
@@ -30,6 +31,8 @@ pub mod directory;
 pub mod duplex;
 pub mod layout;
 pub mod memory;
+#[cfg(any(test, feature = "pipes"))]
+pub mod pipes;
 pub mod server;
 
 #[cfg(test)]

@@ -1,13 +1,8 @@
-//! For host tests: pages shared between two ends, also between threads; and plain pipes.
+//! Pages shared between two ends of a host test, also between threads.
 
-use alloc::collections::VecDeque;
-use alloc::rc::Rc;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::cell::RefCell;
 use core::sync::atomic::{AtomicU8, AtomicU32, Ordering};
-
-use xen::stream::{ByteStream, StreamError};
 
 use super::memory::SharedBytes;
 
@@ -60,77 +55,5 @@ impl SharedBytes for TestPage {
         for (byte, at) in from.iter().zip(offset..) {
             self.bytes[at].store(*byte, Ordering::Relaxed);
         }
-    }
-}
-
-#[derive(Default)]
-struct Pipe {
-    bytes: VecDeque<u8>,
-    closed: bool,
-}
-
-/// One end of a pair of pipes, each holding at most `capacity` bytes. Dropping an end closes both pipes.
-pub(crate) struct End {
-    incoming: Rc<RefCell<Pipe>>,
-    outgoing: Rc<RefCell<Pipe>>,
-    capacity: usize,
-}
-
-/// Two connected ends.
-pub(crate) fn pipes(capacity: usize) -> (End, End) {
-    let (one, other) = (
-        Rc::<RefCell<Pipe>>::default(),
-        Rc::<RefCell<Pipe>>::default(),
-    );
-    let end = |incoming: &Rc<_>, outgoing: &Rc<_>| End {
-        incoming: Rc::clone(incoming),
-        outgoing: Rc::clone(outgoing),
-        capacity,
-    };
-    (end(&one, &other), end(&other, &one))
-}
-
-impl End {
-    /// Everything that has arrived.
-    pub(crate) fn take(&mut self) -> Vec<u8> {
-        self.incoming.borrow_mut().bytes.drain(..).collect()
-    }
-
-    /// Writes all of it, past the capacity if need be.
-    pub(crate) fn put(&mut self, bytes: &[u8]) {
-        self.outgoing.borrow_mut().bytes.extend(bytes);
-    }
-}
-
-impl Drop for End {
-    fn drop(&mut self) {
-        self.incoming.borrow_mut().closed = true;
-        self.outgoing.borrow_mut().closed = true;
-    }
-}
-
-impl ByteStream for End {
-    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, StreamError> {
-        let mut pipe = self.incoming.borrow_mut();
-        if pipe.bytes.is_empty() && pipe.closed {
-            return Err(StreamError);
-        }
-        let read = buffer.len().min(pipe.bytes.len());
-        for (to, from) in buffer.iter_mut().zip(pipe.bytes.drain(..read)) {
-            *to = from;
-        }
-        Ok(read)
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<usize, StreamError> {
-        let mut pipe = self.outgoing.borrow_mut();
-        if pipe.closed {
-            return Err(StreamError);
-        }
-        let written = bytes
-            .len()
-            .min(self.capacity.saturating_sub(pipe.bytes.len()));
-        pipe.bytes.extend(&bytes[..written]);
-        Ok(written)
     }
 }

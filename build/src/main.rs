@@ -1,2 +1,47 @@
-//! `cargo xtask`: builds the image, runs the lab and the tests.
-fn main() {}
+//! `cargo xtask`: see `cargo xtask --help`.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use xtask::host::Unusable;
+use xtask::lab_command::{self, LabArguments};
+use xtask::screen::{BAD, Screen, paint};
+use xtask::workspace::Workspace;
+
+/// Status when a check failed.
+const FAILED: u8 = 1;
+/// Status after wrong use or with a missing tool, as clap has it too.
+const UNUSABLE: u8 = 2;
+
+/// Builds the firewall image, runs it in a Xen lab, and tests it.
+///
+/// Exit status: 0 good, 1 a check failed, 2 wrong use or a missing tool.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boots Xen in QEMU with a firewall and clients, and gives you its dom0 shell.
+    Lab(LabArguments),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let screen = Screen::new();
+    let outcome = Workspace::find().and_then(|workspace| match &arguments.command {
+        Command::Lab(arguments) => lab_command::run(&workspace, &screen, arguments),
+    });
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            anstream::eprintln!("{} {error:#}", paint(BAD, "error:"));
+            let unusable = error.chain().any(|cause| cause.is::<Unusable>());
+            ExitCode::from(if unusable { UNUSABLE } else { FAILED })
+        }
+    }
+}

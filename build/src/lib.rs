@@ -1,0 +1,14 @@
+//! `cargo xtask`: builds the image, runs the lab and the tests.
+//!
+//! Everything here runs on the developer's machine. The library exists so that
+//! commands and scenarios share one lab; its parts, from the bottom up:
+//! [`workspace`] and [`host`] know this clone and this machine, [`assets`] makes
+//! what the lab boots, [`lab`] runs it.
+#![forbid(unsafe_code)]
+
+pub mod assets;
+pub mod host;
+pub mod lab;
+pub mod lab_command;
+pub mod screen;
+pub mod workspace;

@@ -10,7 +10,7 @@
 //! | [`server`], [`client`] | set-up and clean-up over the hypervisor, one file per role |
 //! | [`directory`] | what goes into and comes out of xenstore, as plain paths and values |
 //! | [`channels`] | both roles behind one trait, so that the protocols above also run over pipes |
-//! | `pipes` | the channels of host tests (feature `pipes`) |
+//! | `pipes`, `fake_directory` | for host tests: channels in memory, and a small xenstore (feature `fake`) |
 //!
 //! # Trust
 //!
@@ -29,12 +29,16 @@ pub mod channels;
 pub mod client;
 pub mod directory;
 pub mod duplex;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake_directory;
 pub mod layout;
 pub mod memory;
-#[cfg(any(test, feature = "pipes"))]
+#[cfg(any(test, feature = "fake"))]
 pub mod pipes;
 pub mod server;
 
+#[cfg(test)]
+mod over_fake;
 #[cfg(test)]
 pub(crate) mod testing;
 

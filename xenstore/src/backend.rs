@@ -20,7 +20,7 @@
 //!
 //! Source: Xen `public/io/netif.h`, `public/io/xenbus.h`; libxl's expectations of a backend in a driver domain.
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::rc::Rc;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -32,6 +32,13 @@ use core::time::Duration;
 use xen::{DomId, GrantRef, PortNumber};
 
 use crate::state::XenbusState;
+
+mod device;
+mod discovery;
+pub mod keys;
+pub mod machine;
+
+pub(crate) use discovery::discover;
 
 /// How long a frontend may take to close before we go on without it.
 pub const CLOSE_DEADLINE: Duration = Duration::from_secs(3);
@@ -136,41 +143,112 @@ pub struct VifStatus {
 
 /// What a vif's task shares with discovery and the kernel.
 pub(crate) struct VifCell {
-    pub(crate) status: RefCell<VifStatus>,
+    status: RefCell<VifStatus>,
     /// Something changed in our folder.
-    pub(crate) folder_changed: Cell<bool>,
+    folder_changed: Cell<bool>,
     /// The task stands at a `Connect`.
-    pub(crate) asked: Cell<bool>,
+    asked: Cell<bool>,
     /// The kernel's answer to it.
-    pub(crate) answer: RefCell<Option<Result<(), String>>>,
+    answer: RefCell<Option<Result<(), String>>>,
     /// The kernel's report that the rings are broken.
-    pub(crate) fault: RefCell<Option<String>>,
+    fault: RefCell<Option<String>>,
+}
+
+impl VifCell {
+    fn new(device: VifId) -> Self {
+        let status = VifStatus {
+            device,
+            own: XenbusState::Unknown,
+            peer: XenbusState::Unknown,
+            mac: None,
+            addresses: Vec::new(),
+            trouble: None,
+        };
+        Self {
+            status: RefCell::new(status),
+            folder_changed: Cell::new(true),
+            asked: Cell::new(false),
+            answer: RefCell::default(),
+            fault: RefCell::default(),
+        }
+    }
+
+    fn device(&self) -> VifId {
+        self.status.borrow().device
+    }
+
+    /// Forgets answers and reports that concern an earlier attempt.
+    fn expect_answer(&self) {
+        self.answer.take();
+        self.fault.take();
+        self.asked.set(true);
+    }
 }
 
 /// All vifs that have a task.
 #[derive(Default)]
 pub(crate) struct Vifs {
-    by_id: RefCell<BTreeMap<VifId, Rc<VifCell>>>,
+    by_place: RefCell<BTreeMap<Place, Rc<VifCell>>>,
+    /// Places whose task ended and where a new device may be already.
+    recheck: RefCell<BTreeSet<Place>>,
+    last_generation: Cell<u32>,
 }
 
+/// Where a device is: client domain and handle.
+type Place = (DomId, u16);
+
 impl Vifs {
+    /// The vif's cell, unless another generation has taken its place.
+    fn get(&self, device: VifId) -> Option<Rc<VifCell>> {
+        let cell = self.at((device.client, device.handle))?;
+        (cell.device() == device).then_some(cell)
+    }
+
+    fn at(&self, place: Place) -> Option<Rc<VifCell>> {
+        self.by_place.borrow().get(&place).map(Rc::clone)
+    }
+
+    fn len(&self) -> usize {
+        self.by_place.borrow().len()
+    }
+
+    fn register(&self, (client, handle): Place) -> Rc<VifCell> {
+        let generation = self.last_generation.get().wrapping_add(1);
+        self.last_generation.set(generation);
+        let cell = Rc::new(VifCell::new(VifId {
+            client,
+            handle,
+            generation,
+        }));
+        self.by_place
+            .borrow_mut()
+            .insert((client, handle), Rc::clone(&cell));
+        cell
+    }
+
+    fn forget(&self, device: VifId, recheck: bool) {
+        let place = (device.client, device.handle);
+        self.by_place.borrow_mut().remove(&place);
+        if recheck {
+            self.recheck.borrow_mut().insert(place);
+        }
+    }
+
     pub(crate) fn answer(&self, device: VifId, answer: Result<(), String>) {
-        if let Some(vif) = self.by_id.borrow().get(&device) {
-            if vif.asked.take() {
-                *vif.answer.borrow_mut() = Some(answer);
-            }
+        if let Some(vif) = self.get(device).filter(|vif| vif.asked.take()) {
+            *vif.answer.borrow_mut() = Some(answer);
         }
     }
 
     pub(crate) fn report(&self, device: VifId, reason: &str) {
-        if let Some(vif) = self.by_id.borrow().get(&device) {
+        if let Some(vif) = self.get(device) {
             *vif.fault.borrow_mut() = Some(String::from(reason));
         }
     }
 
     pub(crate) fn status(&self) -> Vec<VifStatus> {
-        self.by_id
-            .borrow()
+        let by_place = self.by_place.borrow();
+        by_place
             .values()
             .map(|vif| vif.status.borrow().clone())
             .collect()

@@ -33,6 +33,7 @@ use crate::control::ControlEvent;
 use crate::frontend::{Uplink, UplinkEvent, UplinkRings, UplinkStatus};
 use crate::store::Store;
 use crate::task::{Context, Tasks};
+use crate::{backend, config, control, frontend};
 
 /// How often [`ControlPlane::poll`] lets tasks and stream take turns before the main loop gets its turn again.
 const MAX_EXCHANGES: usize = 16;
@@ -99,12 +100,24 @@ impl ControlPlane {
         this
     }
 
-    /// Spawns the fixed tasks. There is room for all of them: they are the first.
+    /// Spawns the fixed tasks.
     fn start(&self, options: Options) {
         let store = self.store();
-        // Sent before anything else, so that no watch of ours is swept away by it.
+        // Sent before anything else, so that no watch of ours is swept away by it. Old daemons do not know it.
         drop(store.reset_watches());
-        let _ = options;
+        // There is room for all of these: they are the first.
+        if options.control {
+            let _ = store.spawn(control::run(store.clone()));
+        }
+        if options.uplink {
+            let _ = store.spawn(frontend::run(store.clone(), Rc::clone(&self.uplink)));
+        }
+        if options.backend {
+            let _ = store.spawn(backend::discover(store.clone(), Rc::clone(&self.vifs)));
+        }
+        if let Some(root) = options.config {
+            let _ = store.spawn(config::run(store.clone(), root));
+        }
     }
 
     /// Moves bytes between us and xenstored and runs the tasks that this, or the time, concerns. Never waits.

@@ -21,12 +21,19 @@ use xen::{DomId, GrantRef, PortNumber};
 
 use crate::state::XenbusState;
 
+pub mod machine;
+mod uplink;
+
+pub(crate) use uplink::run;
+
 /// How long to wait for each answer of the backend while closing.
 pub const CLOSE_STEP: Duration = Duration::from_secs(5);
 /// The pause before the first attempt to reconnect.
 pub const BACK_OFF_FIRST: Duration = Duration::from_secs(1);
 /// The longest pause between attempts.
 pub const BACK_OFF_LAST: Duration = Duration::from_secs(60);
+/// A connection that lasted this long makes the next pause short again.
+pub const STABLE: Duration = Duration::from_secs(60);
 /// A backend that has not connected after this time is mentioned in the log.
 pub const SLOW_BACKEND: Duration = Duration::from_secs(10);
 
@@ -109,5 +116,37 @@ impl Uplink {
 
     pub(crate) fn status(&self) -> UplinkStatus {
         self.status.get()
+    }
+
+    fn update(&self, change: impl FnOnce(&mut UplinkStatus)) {
+        let mut status = self.status.get();
+        change(&mut status);
+        self.status.set(status);
+    }
+
+    /// There is no device.
+    fn forget(&self) {
+        self.update(|status| {
+            *status = UplinkStatus {
+                attempts: status.attempts,
+                ..UplinkStatus::default()
+            };
+        });
+    }
+
+    fn note_device(&self, backend: DomId) {
+        self.update(|status| status.backend = Some(backend));
+    }
+
+    fn note_own(&self, own: XenbusState) {
+        self.update(|status| status.own = own);
+    }
+
+    fn note_peer(&self, peer: XenbusState) {
+        self.update(|status| status.peer = peer);
+    }
+
+    fn note_attempt(&self) {
+        self.update(|status| status.attempts = status.attempts.saturating_add(1));
     }
 }

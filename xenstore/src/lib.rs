@@ -17,6 +17,7 @@
 //! | [`control`] | `control/shutdown` and its neighbours |
 //! | [`config`] | settings below `vm-data`, as a stream of changes |
 //! | [`control_plane`] | the one value that the kernel owns |
+//! | `fake` | a xenstored, toolstack and peers for host tests (feature `fake`) |
 //!
 //! # Why tasks
 //!
@@ -58,7 +59,15 @@ pub mod client;
 pub mod config;
 pub mod control;
 pub mod control_plane;
+#[cfg(any(test, feature = "fake"))]
+#[expect(
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test support: misuse and broken invariants shall end the test"
+)]
+pub mod fake;
 pub mod frontend;
+mod limiter;
 pub mod state;
 pub mod store;
 pub mod task;

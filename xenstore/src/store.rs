@@ -59,7 +59,7 @@ pub struct Store {
 impl Store {
     /// Reads a node's value.
     pub fn read(&self, path: &str) -> Reply<Vec<u8>> {
-        self.request(&Request::Read(path), 0, |payload| Ok(payload))
+        self.request(&Request::Read(path), 0, Ok)
     }
 
     /// Writes a node's value.
@@ -82,16 +82,18 @@ impl Store {
         self.request(&Request::ResetWatches, 0, |_| Ok(()))
     }
 
+    /// Lists the names of a node's children, if they fit into one reply; else the error is `E2BIG`.
+    pub fn list_short(&self, path: &str) -> Reply<Vec<String>> {
+        self.request(&Request::Directory(path), 0, |payload| names(&payload))
+    }
+
     /// Lists the names of a node's children, in parts when they do not fit into one reply.
     ///
     /// # Errors
     ///
     /// [`Error::Reply`] when they exceed [`MAX_DIRECTORY_LEN`] or are no text, else [`Error::Refused`].
     pub async fn list(&self, path: &str) -> Result<Vec<String>, Error> {
-        let whole = self
-            .request(&Request::Directory(path), 0, |payload| names(&payload))
-            .await;
-        match whole {
+        match self.list_short(path).await {
             Err(Error::Refused(ErrorCode::TooBig)) => self.list_parts(path).await,
             other => other,
         }
@@ -272,8 +274,7 @@ pub struct Transaction {
 impl Transaction {
     /// Reads a node's value.
     pub fn read(&self, path: &str) -> Reply<Vec<u8>> {
-        self.store
-            .request(&Request::Read(path), self.id, |payload| Ok(payload))
+        self.store.request(&Request::Read(path), self.id, Ok)
     }
 
     /// Writes a node's value.
@@ -298,14 +299,15 @@ impl Transaction {
 
 impl Drop for Transaction {
     fn drop(&mut self) {
-        if self.open {
-            if let Ok(message) = Request::TransactionEnd(false).encode(self.id) {
-                self.store
-                    .context
-                    .client
-                    .borrow_mut()
-                    .submit_release(message);
-            }
+        let end = Request::TransactionEnd(false).encode(self.id);
+        if let Ok(message) = end
+            && self.open
+        {
+            self.store
+                .context
+                .client
+                .borrow_mut()
+                .submit_release(message);
         }
     }
 }

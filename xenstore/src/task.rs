@@ -27,6 +27,9 @@ use crate::control_plane::Event;
 /// settle within a few rounds.
 const MAX_ROUNDS: usize = 16;
 
+/// Events that one task may have waiting for the kernel.
+const EVENT_BATCH: usize = 64;
+
 type Job = Pin<Box<dyn Future<Output = ()>>>;
 
 /// There is no room for another task.
@@ -114,20 +117,31 @@ impl Context {
     }
 
     /// Hands an event to the kernel and waits until the kernel has taken it, and so promised to obey.
-    ///
-    /// The queue is bounded because every task waits here: one event per task.
     pub(crate) async fn emit(&self, event: Event) {
-        self.events.borrow_mut().push_back(event);
-        let number = self.emitted.get().wrapping_add(1);
-        self.emitted.set(number);
-        self.until(None, || (self.taken.get() >= number).then_some(()))
-            .await;
+        self.emit_all([event]).await;
+    }
+
+    /// Hands events to the kernel, in this order, and waits until it has taken the last.
+    ///
+    /// The queue is bounded because every task waits here, with at most [`EVENT_BATCH`] events.
+    pub(crate) async fn emit_all(&self, events: impl IntoIterator<Item = Event>) {
+        let mut events = events.into_iter().peekable();
+        while events.peek().is_some() {
+            let mut number = self.emitted.get();
+            for event in events.by_ref().take(EVENT_BATCH) {
+                self.events.borrow_mut().push_back(event);
+                number = number.saturating_add(1);
+            }
+            self.emitted.set(number);
+            self.until(None, || (self.taken.get() >= number).then_some(()))
+                .await;
+        }
     }
 
     /// The next event for the kernel.
     pub(crate) fn take_event(&self) -> Option<Event> {
         let event = self.events.borrow_mut().pop_front()?;
-        self.taken.set(self.taken.get().wrapping_add(1));
+        self.taken.set(self.taken.get().saturating_add(1));
         self.wake();
         Some(event)
     }

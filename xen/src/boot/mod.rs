@@ -144,8 +144,8 @@ mod guest_only {
     impl PhysicalMemory for Identity {
         fn read(&self, address: u64, buffer: &mut [u8]) -> Option<()> {
             let end = address.checked_add(buffer.len() as u64)?;
-            // Page 0 is not mapped.
-            if address < 4096 || end > ADDRESS_LIMIT {
+            // Page 0 is still there, and `qemu -kernel` uses it. Address 0 itself means "none" everywhere.
+            if address == 0 || end > ADDRESS_LIMIT {
                 return None;
             }
             let mut source: *const u8 =
@@ -163,7 +163,6 @@ mod guest_only {
     pub(super) extern "C" fn start() -> ! {
         // SAFETY: once, at boot, and the tables are sealed only below.
         unsafe { traps::install() };
-        seal();
         // SAFETY: written by the entry code before this, and never again.
         let entry_tsc = unsafe { ENTRY_TSC.get().read() };
         // SAFETY: as above.
@@ -174,6 +173,7 @@ mod guest_only {
                 "\nportcullis: no usable PVH start info at {address:#x}: {error:?}"
             )),
         };
+        seal();
         let Some(image) = image::region() else {
             die(format_args!("\nportcullis: the image has no extent"))
         };

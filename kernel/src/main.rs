@@ -1,20 +1,34 @@
-//! The image's binary: heap, panic hook, and the hand-over from the boot code to the kernel.
+//! The image's binary: entry, heap, panic hook, and the loop around [`kernel::machine::Firewall`].
 //!
-//! Linked by `build/image/portcullis.ld`; see `cargo xtask image`.
+//! Linked by `build/image/portcullis.ld`; built by `cargo xtask image`. Boot failures end the domain with a line on port
+//! 0xE9 and, as soon as there is one, on the console.
 #![no_std]
 #![no_main]
 
 extern crate alloc;
 
-use core::panic::PanicInfo;
+#[cfg(feature = "crash-commands")]
+mod crash;
 
+use alloc::vec::Vec;
+use core::panic::PanicInfo;
+use core::time::Duration;
+
+use kernel::logger;
+use kernel::machine::{Firewall, Setup, Step};
+use kernel::plan::MemoryPlan;
 use talc::TalcLock;
 use talc::source::Manual;
+use xen::Hypervisor;
 use xen::boot::Boot;
-use xen::guest::BootContext;
-use xen::shutdown::die;
-use xen::stream::ByteStream;
-use xen::{Hypervisor, Time};
+use xen::console::ConsoleRing;
+use xen::entropy::EntropyQuality;
+use xen::guest::{BootContext, Guest};
+use xen::shutdown::{ShutdownReason, die, shut_down};
+use xenstore::{ControlPlane, Options, Shutdown};
+
+/// Time that the console daemon gets to take the last lines of an orderly end.
+const LAST_LINES: Duration = Duration::from_millis(100);
 
 /// The heap. The lock is never contended: there is one processor and no interrupt.
 #[global_allocator]
@@ -40,11 +54,15 @@ extern "C" fn _Unwind_Resume() -> ! {
     die(format_args!("\nportcullis: unwinding"))
 }
 
-/// Sets up the heap, finds Xen, and runs.
+/// Shares out the memory, finds Xen, and runs.
 fn main(mut boot: Boot) -> ! {
-    let heap_bytes = boot.usable_bytes() / 3;
-    let Some(heap) = boot.take_heap(heap_bytes) else {
-        die(format_args!("\nportcullis: no memory for the heap"))
+    let plan = MemoryPlan::new(usize::try_from(boot.usable_bytes()).unwrap_or(usize::MAX));
+    let image_bytes = boot.image_bytes();
+    let Some(heap) = boot.take_heap(plan.heap_bytes as u64) else {
+        die(format_args!(
+            "\nportcullis: no {} bytes in one piece for the heap",
+            plan.heap_bytes
+        ))
     };
     // SAFETY: `take_heap` gives memory that nothing else uses, for good.
     if unsafe { HEAP.lock().claim(heap.as_mut_ptr().cast(), heap.len()) }.is_none() {
@@ -54,113 +72,112 @@ fn main(mut boot: Boot) -> ! {
         ));
     }
     match BootContext::new(boot) {
-        Ok(context) => run(context),
+        Ok(context) => {
+            logger::install();
+            greet(&context, image_bytes, heap.len());
+            run(context, &plan)
+        }
         Err(error) => die(format_args!("\nportcullis: {error}")),
     }
 }
 
-fn run(mut context: BootContext) -> ! {
-    use core::fmt::Write as _;
-    struct Out<'a>(&'a mut xen::console::ConsoleRing);
-    impl core::fmt::Write for Out<'_> {
-        fn write_str(&mut self, text: &str) -> core::fmt::Result {
-            self.0.write_or_drop(text.as_bytes());
-            Ok(())
-        }
-    }
-    let guest = &mut context.guest;
-    let uptime = guest.refresh_time().since(context.entry_time);
-    let hypercalls = guest.counters().hypercalls;
-    let text = alloc::format!(
-        "portcullis on Xen {}.{}, domain {}, {} KiB RAM, {} free pages, {} grants\r\nup {} us after entry, {} hypercalls, entropy {:?}, wall clock {:?}, tsc emulated {}, command line {:?}\r\n",
-        context.xen_version.0,
-        context.xen_version.1,
+/// Logs what was found.
+fn greet(context: &BootContext, image_bytes: u64, heap_bytes: usize) {
+    let guest = &context.guest;
+    logger::LOGGER.set_uptime(guest.now().since(context.entry_time));
+    let (major, minor) = context.xen_version;
+    log::info!(
+        "Portcullis {} on Xen {major}.{minor}, domain {}, {} hypercalls so far",
+        env!("CARGO_PKG_VERSION"),
         guest.own_domid(),
-        guest.ram_bytes() / 1024,
-        guest.free_pages(),
-        guest.free_grants(),
-        uptime.as_micros(),
-        hypercalls,
-        context.entropy.quality,
-        context.wall_clock,
-        context.tsc_emulated,
-        context.command_line,
+        guest.counters().hypercalls
     );
-    let _ = Out(&mut context.console).write_str(&text);
-    let mut request = alloc::vec::Vec::new();
-    for word in [2u32, 7, 0, 5] {
-        request.extend_from_slice(&word.to_le_bytes());
+    log::info!(
+        "memory: {} KiB, of these image {}, heap {}, packet pool {}; {} grants",
+        guest.ram_bytes() / 1024,
+        image_bytes / 1024,
+        heap_bytes / 1024,
+        guest.free_pages() * 4,
+        guest.free_grants()
+    );
+    if let Some(wall_clock) = context.wall_clock {
+        log::info!("wall clock {} s since 1970", wall_clock.as_secs());
     }
-    request.extend_from_slice(b"name\0");
-    let _ = context.store.write(&request);
-    let mut ports = alloc::vec::Vec::from([context.store.port()]);
-    ports.extend(context.console.port());
+    match context.entropy.quality {
+        EntropyQuality::Source => log::info!("seed from the processor's entropy source"),
+        EntropyQuality::Generator => log::info!("seed from the processor's generator"),
+        EntropyQuality::Timing => log::warn!("seed from timing only: hash keys are guessable"),
+    }
+    if context.tsc_emulated {
+        log::warn!("reading the clock traps into Xen: set tsc_mode=\"native\"");
+    }
+    if !context.command_line.is_empty() {
+        log::info!("command line: {}", context.command_line);
+    }
+}
+
+/// Runs the firewall until dom0 ends it.
+fn run(context: BootContext, plan: &MemoryPlan) -> ! {
+    let BootContext {
+        mut guest,
+        mut console,
+        mut store,
+        entry_time,
+        entropy,
+        ..
+    } = context;
+    let mut ports = Vec::from([store.port()]);
+    ports.extend(console.port());
+    let setup = Setup {
+        limits: plan.limits(),
+        rx_buffers: plan.rx_buffers,
+        seed: entropy.seed,
+        started: entry_time,
+        pool_pages: guest.free_pages(),
+        ports,
+    };
+    let control = ControlPlane::new(Options::default());
+    let mut firewall = Firewall::new(setup, control, heap_use);
+    guest.refresh_time();
     loop {
-        let now = context.guest.now();
-        context
-            .guest
-            .wait(&ports, Some(Time(now.0 + 5_000_000_000)));
-        let mut buffer = [0u8; 512];
-        if context.guest.take_pending(context.store.port()) {
-            let count = context.store.read(&mut buffer).unwrap_or(0);
-            let _ = write!(
-                Out(&mut context.console),
-                "store says {:?} at {} us\r\n",
-                buffer
-                    .get(..count)
-                    .map(|b| b.escape_ascii().collect::<alloc::vec::Vec<u8>>())
-                    .map(|v| alloc::string::String::from_utf8_lossy(&v).into_owned()),
-                context.guest.now().since(context.entry_time).as_micros()
-            );
-        }
-        if let Some(port) = context.console.port()
-            && context.guest.take_pending(port)
-        {
-            let count = context.console.read(&mut buffer).unwrap_or(0);
-            let line = buffer.get(..count).unwrap_or_default().trim_ascii();
-            #[cfg(feature = "crash-commands")]
-            crash(line);
-            let _ = write!(
-                Out(&mut context.console),
-                "read {:?}, {:?}\r\n",
-                line.escape_ascii().collect::<alloc::vec::Vec<u8>>().len(),
-                context.guest.counters()
-            );
+        #[cfg(feature = "crash-commands")]
+        let step = firewall.step(&mut guest, &mut store, &mut crash::Crashing(&mut console));
+        #[cfg(not(feature = "crash-commands"))]
+        let step = firewall.step(&mut guest, &mut store, &mut console);
+        match step {
+            Step::Continue => {}
+            Step::End(end) => {
+                drain(&mut guest, &console);
+                shut_down(match end {
+                    Shutdown::Poweroff | Shutdown::Halt => ShutdownReason::PowerOff,
+                    Shutdown::Reboot => ShutdownReason::Reboot,
+                })
+            }
+            Step::StoreLost => die(format_args!(
+                "\nportcullis: the connection to xenstore is lost"
+            )),
         }
     }
 }
 
-/// Crashes as the command says.
-#[cfg(feature = "crash-commands")]
-fn crash(command: &[u8]) {
-    #[expect(clippy::panic, reason = "on request")]
-    if command == b"panic" {
-        panic!("as requested");
-    }
-    if command == b"null" {
-        // SAFETY: none: this is to fault.
-        let _ = unsafe { core::ptr::null::<u64>().read_volatile() };
-    }
-    if command == b"text" {
-        let pointer = crash as *mut u8;
-        // SAFETY: none: this is to fault.
-        unsafe { pointer.write_volatile(0) };
-    }
-    if command == b"data" {
-        let code = [0xC3u8; 16];
-        // SAFETY: none: this is to fault.
-        let function: extern "C" fn() = unsafe { core::mem::transmute(code.as_ptr()) };
-        function();
-    }
-    if command == b"stack" {
-        fn deeper(depth: u64) -> u64 {
-            let filler = core::hint::black_box([depth; 100]);
-            filler.iter().sum::<u64>() + deeper(depth + 1)
+/// Bytes of the heap, and how many of them are allocated.
+fn heap_use() -> (u64, u64) {
+    let heap = HEAP.lock();
+    let counters = heap.counters();
+    (
+        counters.claimed_bytes as u64,
+        counters.allocated_bytes as u64,
+    )
+}
+
+/// Gives the console daemon a moment to take the last lines.
+fn drain(guest: &mut Guest, console: &ConsoleRing) {
+    let deadline = guest.refresh_time().plus(LAST_LINES);
+    let ports: Vec<_> = console.port().into_iter().collect();
+    while !console.is_drained() && guest.now() < deadline {
+        for port in &ports {
+            guest.take_pending(*port);
         }
-        core::hint::black_box(deeper(0));
-    }
-    if command == b"invalid" {
-        // SAFETY: none: this is to fault.
-        unsafe { core::arch::asm!("ud2") };
+        guest.wait(&ports, Some(deadline));
     }
 }

@@ -50,6 +50,50 @@ pub struct Gso {
     pub family: GsoType,
 }
 
+/// How a GSO frame is cut into segments for a receiver that does not take GSO.
+///
+/// The caller of the driver checks the frame's headers and says where the payload starts; the driver moves payload
+/// and asks the caller for one header per segment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Segments {
+    /// Bytes of each segment's header, Ethernet to TCP, `1..=256`; the frame's payload starts there.
+    pub header_len: u16,
+    /// Payload bytes of each segment but the last, which has the rest.
+    pub payload_len: u16,
+    /// What to say of the segments' checksums.
+    pub checksum: Checksum,
+}
+
+impl Segments {
+    /// The number of segments that a frame of `frame_len` bytes becomes; 0 if the description makes no sense.
+    #[must_use]
+    pub fn count(&self, frame_len: usize) -> usize {
+        let payload = frame_len.saturating_sub(usize::from(self.header_len));
+        match usize::from(self.payload_len) {
+            0 => 0,
+            each => payload.div_ceil(each),
+        }
+    }
+
+    /// How many segments a frame of `frame_len` bytes becomes, if they can be made: 1 to `most` of them, headers of
+    /// at most [`HEADER_LEN`] bytes, none longer than a page.
+    #[must_use]
+    pub fn checked_count(&self, frame_len: usize, most: usize) -> Option<usize> {
+        let header_len = usize::from(self.header_len);
+        let segment_len = header_len.wrapping_add(usize::from(self.payload_len));
+        let count = self.count(frame_len);
+        let fits = (1..=HEADER_LEN).contains(&header_len) && segment_len <= PAGE_SIZE;
+        (fits && (1..=most).contains(&count)).then_some(count)
+    }
+
+    /// How many headers fit into a page, none crossing its end. At least 1.
+    #[must_use]
+    pub fn headers_per_page(&self) -> usize {
+        let fitting = PAGE_SIZE.checked_div(usize::from(self.header_len));
+        fitting.unwrap_or(1).max(1)
+    }
+}
+
 /// Some bytes of a frame: `len` bytes from byte `offset` of a page that holds nothing else of any frame.
 #[derive(Debug)]
 pub struct Fragment {
@@ -59,6 +103,18 @@ pub struct Fragment {
 }
 
 impl Fragment {
+    /// `len` bytes from byte `offset` of `page`.
+    ///
+    /// # Errors
+    ///
+    /// Gives the page back when the data is empty or leaves the page.
+    pub fn new(page: Page, offset: u16, len: u16) -> Result<Self, Page> {
+        if len == 0 || u32::from(offset).wrapping_add(u32::from(len)) > 4096 {
+            return Err(page);
+        }
+        Ok(Self { page, offset, len })
+    }
+
     /// Byte offset of the data in the page, `0..4096`.
     #[must_use]
     pub const fn offset(&self) -> u16 {
@@ -220,13 +276,13 @@ impl Frame {
     /// Gives the page back, and leaves the frame as it was, when the fragment is empty or leaves its page,
     /// when there are [`MAX_FRAGMENTS`] already, or when the frame would be longer than [`MAX_FRAME_LEN`].
     pub fn push(&mut self, page: Page, offset: u16, len: u16) -> Result<(), Page> {
-        let end = u32::from(offset).wrapping_add(u32::from(len));
+        let fragment = Fragment::new(page, offset, len)?;
         let total = self.len.wrapping_add(u32::from(len));
-        if len == 0 || end > 4096 || total > 65_535 {
-            return Err(page);
+        if total > 65_535 {
+            return Err(fragment.page);
         }
         self.fragments
-            .push(Fragment { page, offset, len })
+            .push(fragment)
             .map_err(|fragment| fragment.page)?;
         self.len = total;
         Ok(())

@@ -111,6 +111,12 @@ impl<M: RingMemory, const WORDS: usize> BackRing<M, WORDS> {
         self.req_cons = self.req_cons.wrapping_add(count);
     }
 
+    /// The free-running index of the next request: how many were consumed, modulo 2^32.
+    #[must_use]
+    pub const fn consumed(&self) -> u32 {
+        self.req_cons
+    }
+
     /// Requests consumed and not answered yet.
     #[must_use]
     pub const fn unanswered(&self) -> u32 {

@@ -67,6 +67,8 @@ pub struct SendDrops {
     pub no_gso: u64,
     /// Segments that cannot be sent: none, too many, or longer than a page.
     pub bad_segments: u64,
+    /// Segments of a cut frame for which the client had no buffers, while it had for others.
+    pub segments_lost: u64,
     /// The queue is full.
     pub queue_full: u64,
     /// Waited in the queue for longer than a frame may.

@@ -53,8 +53,13 @@
 extern crate alloc;
 
 mod batch;
+mod chain;
 mod counters;
 mod error;
+mod queue;
+mod receive;
+mod segments;
+mod send;
 mod vif;
 
 use core::time::Duration;
@@ -62,7 +67,8 @@ use core::time::Duration;
 pub use batch::{Batch, Failure, VifTag};
 pub use counters::{ReceiveErrors, SendDrops, VifCounters};
 pub use error::{ConnectError, PeerError, Ring, SendDrop, Sent};
-pub use vif::{Budget, ConnectParameters, FrontendFeatures, Segments, Vif};
+pub use vif::{Budget, ConnectParameters, FrontendFeatures, Vif};
+pub use xen::packet::Segments;
 
 /// Data slots that a client's frame may have. One more than a frontend needs, for careless ones.
 pub const MAX_DATA_SLOTS: usize = 19;
@@ -90,5 +96,7 @@ pub const MAX_SEGMENTS: usize = 64;
 pub const MAX_DEFICIT: u32 = 128 * 1024;
 /// Failed frame copies in a row after which a client is given up.
 pub const MAX_COPY_FAILURES: u32 = 256;
+/// Pages that queueing for clients leaves in the pool: a client that takes nothing must not starve the others.
+pub const QUEUE_RESERVED_PAGES: usize = 64;
 /// Pages that receiving from clients leaves in the pool, so that one GSO frame can always pass.
 pub const RESERVED_PAGES: usize = 19;

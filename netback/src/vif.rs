@@ -1,12 +1,16 @@
-//! One connected client vif.
+//! One connected client vif: connect, publish, arm, disconnect.
+//!
+//! The two directions are in `receive` and `send`.
 
-use core::time::Duration;
+use xen::netif::{GsoType, RX_WORDS, TX_WORDS};
+use xen::ring::BackRing;
+use xen::{DomId, GrantRef, Hypervisor, MappedPage, Port, PortNumber, Time};
 
-use xen::{Checksum, DomId, Frame, GrantRef, Hypervisor, Port, PortNumber, Time};
-
-use crate::batch::{Batch, Failure, VifTag};
+use crate::batch::{Batch, Failure, FailureKind, VifTag};
 use crate::counters::VifCounters;
-use crate::error::{ConnectError, PeerError, SendDrop, Sent};
+use crate::error::{ConnectError, PeerError, Ring};
+use crate::queue::Queue;
+use crate::{LINK_HEADER_LEN, MAX_COPY_FAILURES};
 
 /// What the client's frontend says it can do. All from its own xenstore folder: claims, which only decide what
 /// it is sent.
@@ -26,6 +30,17 @@ pub struct FrontendFeatures {
     pub no_csum_offload: bool,
     /// `feature-ipv6-csum-offload`: it takes blank checksums over IPv6.
     pub ipv6_csum_offload: bool,
+}
+
+impl FrontendFeatures {
+    /// Whether the client takes GSO frames of this family.
+    #[must_use]
+    pub const fn takes(&self, family: GsoType) -> bool {
+        match family {
+            GsoType::TcpV4 => self.gso_tcpv4,
+            GsoType::TcpV6 => self.gso_tcpv6,
+        }
+    }
 }
 
 /// What it takes to connect a client's vif.
@@ -66,41 +81,39 @@ impl Default for Budget {
     }
 }
 
-/// How a GSO frame is cut into segments for a client that does not take GSO.
-///
-/// The caller checks the frame's headers and says where the payload starts; the driver moves payload by copy
-/// operations and asks the caller for one header per segment.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Segments {
-    /// Bytes of each segment's header, Ethernet to TCP; the frame's payload starts there.
-    pub header_len: u16,
-    /// Payload bytes of each segment but the last, which has the rest.
-    pub payload_len: u16,
-    /// What to say of the segments' checksums.
-    pub checksum: Checksum,
-}
-
-impl Segments {
-    /// The number of segments that a frame of `frame_len` bytes becomes; 0 if the description makes no sense.
-    #[must_use]
-    pub fn count(&self, frame_len: usize) -> usize {
-        let payload = frame_len.saturating_sub(usize::from(self.header_len));
-        match usize::from(self.payload_len) {
-            0 => 0,
-            each => payload.div_ceil(each),
-        }
-    }
-}
-
 /// One client's connected vif. Lives from [`Vif::connect`] to [`Vif::disconnect`].
 #[derive(Debug)]
 pub struct Vif {
-    tag: VifTag,
-    peer: DomId,
+    pub(crate) tag: VifTag,
+    pub(crate) peer: DomId,
     port: Port,
-    features: FrontendFeatures,
-    failed: Option<PeerError>,
-    counters: VifCounters,
+    pub(crate) features: FrontendFeatures,
+    /// The longest frame without GSO that the client may send, in bytes.
+    pub(crate) max_plain: u16,
+    pub(crate) tx: BackRing<MappedPage, TX_WORDS>,
+    pub(crate) rx: BackRing<MappedPage, RX_WORDS>,
+    /// Rx requests that were seen and not consumed.
+    pub(crate) rx_seen: u32,
+    /// The batch's generation in which the rings were last worked on.
+    generation: u64,
+    /// The responses that were written before it, whose copies are done in any case.
+    tx_ready: u32,
+    rx_ready: u32,
+    /// Bytes that the client may still send this turn.
+    pub(crate) deficit: u32,
+    pub(crate) queue: Queue,
+    /// Since when no waiting frame could be sent for want of buffers.
+    pub(crate) blocked_since: Option<Time>,
+    pub(crate) stalled: bool,
+    /// When to look for buffers of a client that does not notify.
+    pub(crate) next_poll: Option<Time>,
+    /// Frames and slots whose copy was tried, and failed, in `generation`.
+    pub(crate) copies_tried: u32,
+    pub(crate) copies_failed: u32,
+    /// Failed copies since the last that succeeded.
+    failures_in_row: u32,
+    pub(crate) failed: Option<PeerError>,
+    pub(crate) counters: VifCounters,
 }
 
 impl Vif {
@@ -115,109 +128,130 @@ impl Vif {
         hv: &mut H,
         parameters: &ConnectParameters,
     ) -> Result<Self, ConnectError> {
-        let port = hv
-            .bind_port(parameters.peer, parameters.event_channel)
-            .map_err(ConnectError::Bind)?;
-        Ok(Self {
+        if !parameters.features.rx_copy {
+            return Err(ConnectError::NoRxCopy);
+        }
+        if parameters.tx_ref == parameters.rx_ref {
+            return Err(ConnectError::SameRing);
+        }
+        let peer = parameters.peer;
+        let tx = attach(hv, peer, parameters.tx_ref, Ring::Tx)?;
+        let rx = match attach(hv, peer, parameters.rx_ref, Ring::Rx) {
+            Ok(rx) => rx,
+            Err(error) => {
+                hv.unmap(tx.into_memory());
+                return Err(error);
+            }
+        };
+        let port = match hv.bind_port(peer, parameters.event_channel) {
+            Ok(port) => port,
+            Err(errno) => {
+                hv.unmap(rx.into_memory());
+                hv.unmap(tx.into_memory());
+                return Err(ConnectError::Bind(errno));
+            }
+        };
+        Ok(Self::new(parameters, tx, rx, port))
+    }
+
+    fn new(
+        parameters: &ConnectParameters,
+        tx: BackRing<MappedPage, TX_WORDS>,
+        rx: BackRing<MappedPage, RX_WORDS>,
+        port: Port,
+    ) -> Self {
+        let max_plain = usize::from(parameters.mtu).saturating_add(LINK_HEADER_LEN);
+        Self {
             tag: parameters.tag,
             peer: parameters.peer,
             port,
             features: parameters.features,
+            max_plain: u16::try_from(max_plain).unwrap_or(u16::MAX),
+            tx_ready: tx.produced(),
+            rx_ready: rx.produced(),
+            tx,
+            rx,
+            rx_seen: 0,
+            generation: u64::MAX,
+            deficit: 0,
+            queue: Queue::new(),
+            blocked_since: None,
+            stalled: false,
+            next_poll: None,
+            copies_tried: 0,
+            copies_failed: 0,
+            failures_in_row: 0,
             failed: None,
             counters: VifCounters::default(),
-        })
+        }
     }
 
     /// Unmaps the rings, closes the port and gives the queue's pages back.
     ///
     /// A batch may still hold copies and frames of this vif; they end harmlessly.
-    pub fn disconnect<H: Hypervisor + ?Sized>(self, hv: &mut H) {
+    pub fn disconnect<H: Hypervisor + ?Sized>(mut self, hv: &mut H) {
+        self.queue.clear(hv);
+        hv.unmap(self.rx.into_memory());
+        hv.unmap(self.tx.into_memory());
         hv.close_port(self.port);
     }
 
-    /// Takes frames out of the tx ring: appends their copies to `batch`, and writes their responses.
-    ///
-    /// Returns how many frames wait in the batch for [`Batch::next_frame`] by this call. Takes nothing
-    /// that does not fit into the batch, the uplink's slots or the page pool.
-    ///
-    /// # Errors
-    ///
-    /// [`PeerError`] at the first thing that no correct client does, now or in an earlier call. Frames taken before
-    /// it stay in the batch. The rings are not served any more: disconnect.
-    pub fn receive<H: Hypervisor + ?Sized>(
-        &mut self,
-        hv: &mut H,
-        batch: &mut Batch,
-        budget: Budget,
-    ) -> Result<u32, PeerError> {
-        let _ = (hv, batch, budget);
-        self.failed.map_or(Ok(0), Err)
+    /// Notes which responses are ready, before anything is added to the batch.
+    pub(crate) fn enter(&mut self, batch: &Batch) {
+        if self.generation == batch.generation() {
+            return;
+        }
+        self.generation = batch.generation();
+        self.tx_ready = self.tx.produced();
+        self.rx_ready = self.rx.produced();
+        if self.copies_failed < self.copies_tried {
+            self.failures_in_row = 0;
+        } else {
+            self.failures_in_row = self.failures_in_row.saturating_add(self.copies_failed);
+        }
+        self.copies_tried = 0;
+        self.copies_failed = 0;
     }
 
-    /// Sends a frame to the client, or queues it when the client has too few buffers posted.
-    ///
-    /// Always takes the frame out of the container.
-    ///
-    /// # Errors
-    ///
-    /// [`SendDrop`], counted; the frame's pages are back in the pool.
-    pub fn send<H: Hypervisor + ?Sized>(
-        &mut self,
-        hv: &mut H,
-        batch: &mut Batch,
-        frame: &mut Frame,
-    ) -> Result<Sent, SendDrop> {
-        let _ = batch;
-        frame.release(hv);
-        Err(SendDrop::Broken)
-    }
-
-    /// Sends a GSO frame as segments. `write_header(k, header)` writes the header of segment `k`, of exactly
-    /// `segments.header_len` bytes; it is called for all segments before anything is sent.
-    ///
-    /// Always takes the frame out of the container.
-    ///
-    /// # Errors
-    ///
-    /// As [`Vif::send`].
-    pub fn send_segments<H: Hypervisor + ?Sized>(
-        &mut self,
-        hv: &mut H,
-        batch: &mut Batch,
-        frame: &mut Frame,
-        segments: Segments,
-        write_header: impl FnMut(usize, &mut [u8]),
-    ) -> Result<Sent, SendDrop> {
-        let _ = (batch, segments, write_header);
-        frame.release(hv);
-        Err(SendDrop::Broken)
-    }
-
-    /// Sends queued frames as far as the client has buffers, and drops those that waited too long.
-    ///
-    /// # Errors
-    ///
-    /// As [`Vif::receive`].
-    pub fn flush<H: Hypervisor + ?Sized>(
-        &mut self,
-        hv: &mut H,
-        batch: &mut Batch,
-    ) -> Result<(), PeerError> {
-        let _ = (hv, batch);
-        self.failed.map_or(Ok(()), Err)
+    /// Gives the client up when nothing can be copied from or to it any more.
+    pub(crate) const fn check_copy_failures(&self) -> Result<(), PeerError> {
+        if self.failures_in_row >= MAX_COPY_FAILURES {
+            return Err(PeerError::CopyFailures);
+        }
+        Ok(())
     }
 
     /// Corrects the responses of a frame or slot whose copy failed. Ignores failures of other vifs.
     pub fn amend(&mut self, failure: &Failure<'_>) {
-        let _ = failure;
+        if failure.tag() != self.tag {
+            return;
+        }
+        match &failure.kind {
+            FailureKind::Received { frame, ids } => self.amend_received(frame, ids),
+            FailureKind::Sending(slot) => self.amend_sent(slot),
+        }
     }
 
     /// Shows the client all responses whose copies are done. Returns the port to notify, if the client wants it.
     ///
     /// `batch` is the one that this vif's copies go into.
     pub fn publish(&mut self, batch: &Batch) -> Option<PortNumber> {
-        let _ = batch;
-        None
+        if self.failed.is_some() {
+            return None;
+        }
+        // Operations added since the last copy hold back the responses written since.
+        let pending = self.generation == batch.generation() && !batch.is_empty();
+        let (tx, rx) = if pending {
+            (self.tx_ready, self.rx_ready)
+        } else {
+            (self.tx.produced(), self.rx.produced())
+        };
+        let notify = self.tx.publish_until(tx) | self.rx.publish_until(rx);
+        if !notify {
+            return None;
+        }
+        self.counters.notifications = self.counters.notifications.wrapping_add(1);
+        Some(self.port.number())
     }
 
     /// Asks the client for a notification of new requests, and of buffers if frames wait for them.
@@ -228,19 +262,38 @@ impl Vif {
     ///
     /// As [`Vif::receive`].
     pub fn arm(&mut self) -> Result<bool, PeerError> {
-        self.failed.map_or(Ok(false), Err)
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
+        let requests = self.tx.arm(1);
+        let requests =
+            requests.map_err(|_| self.give_up(PeerError::ImpossibleProducer(Ring::Tx)))?;
+        let Some(needed) = self.queue.needed_slots() else {
+            return Ok(requests);
+        };
+        let buffers = self.rx.arm(needed);
+        let buffers = buffers.map_err(|_| self.give_up(PeerError::ImpossibleProducer(Ring::Rx)))?;
+        Ok(requests || buffers)
+    }
+
+    /// Ends all service for the client.
+    #[cold]
+    pub(crate) const fn give_up(&mut self, error: PeerError) -> PeerError {
+        self.failed = Some(error);
+        error
     }
 
     /// When [`Vif::flush`] should be called at the latest; `None` while nothing is queued.
     #[must_use]
-    pub const fn deadline(&self) -> Option<Time> {
-        None
+    pub fn deadline(&self) -> Option<Time> {
+        let deadline = self.queue.deadline()?;
+        Some(self.next_poll.map_or(deadline, |poll| poll.min(deadline)))
     }
 
     /// Whether the client has not taken a waiting frame for [`crate::STALL_AFTER`]. It is tried again with each send.
     #[must_use]
     pub const fn is_stalled(&self) -> bool {
-        false
+        self.stalled
     }
 
     /// Why the rings are not served any more, if so.
@@ -251,8 +304,8 @@ impl Vif {
 
     /// Frames that wait for the client's buffers.
     #[must_use]
-    pub const fn queued_frames(&self) -> usize {
-        0
+    pub fn queued_frames(&self) -> usize {
+        self.queue.len()
     }
 
     /// Our end of the event channel, to take its pending bit and to wait for.
@@ -286,4 +339,17 @@ impl Vif {
     }
 }
 
-const _: Duration = crate::QUEUE_EXPIRY;
+/// Maps a ring and takes it over as the client left it; nothing stays mapped on error.
+fn attach<H: Hypervisor + ?Sized, const WORDS: usize>(
+    hv: &mut H,
+    peer: DomId,
+    gref: GrantRef,
+    ring: Ring,
+) -> Result<BackRing<MappedPage, WORDS>, ConnectError> {
+    let mapped = hv.map(peer, gref);
+    let mapped = mapped.map_err(|status| ConnectError::Map { ring, status })?;
+    BackRing::attach(mapped).map_err(|mapped| {
+        hv.unmap(mapped);
+        ConnectError::Indices { ring }
+    })
+}

@@ -31,6 +31,8 @@ extern crate alloc;
 mod counters;
 mod error;
 mod quarantine;
+mod receive;
+mod transmit;
 mod uplink;
 
 use core::time::Duration;
@@ -39,9 +41,14 @@ pub use counters::{ReceiveDrops, UplinkCounters};
 pub use error::{ConnectError, DeviceBroken, TxError};
 pub use quarantine::Quarantine;
 pub use uplink::{BackendFeatures, Uplink, UplinkKeys, UplinkParameters};
+pub use xen::packet::Segments;
 
 /// Tx slots that must be free before clients' frames are taken in again: one frame of any kind fits.
 pub const TX_RESUME_SLOTS: usize = 19;
+/// Receive buffers that are posted at least.
+pub const MIN_RX_BUFFERS: u32 = 64;
+/// Tx responses that are let come in without a notification, as long as there are slots enough.
+pub const TX_EVENT_AFTER: u32 = 32;
 /// How often to look for tx responses that nobody notified about.
 pub const SWEEP_INTERVAL: Duration = Duration::from_millis(10);
 /// How far the sweep slows down while the netvm does not answer.

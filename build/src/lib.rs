@@ -3,11 +3,12 @@
 //! Everything here runs on the developer's machine. The library exists so that
 //! commands and scenarios share one lab; its parts, from the bottom up:
 //! [`workspace`] and [`host`] know this clone and this machine, [`assets`] makes
-//! what the lab boots, [`lab`] runs it.
+//! what the lab boots, [`lab`] runs it; [`image`] builds what all this is for.
 #![forbid(unsafe_code)]
 
 pub mod assets;
 pub mod host;
+pub mod image;
 pub mod lab;
 pub mod lab_command;
 pub mod screen;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use xtask::host::Unusable;
+use xtask::image::{self, ImageArguments};
 use xtask::lab_command::{self, LabArguments};
 use xtask::screen::{BAD, Screen, paint};
 use xtask::workspace::Workspace;
@@ -26,6 +27,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Builds the bootable image and says what it is.
+    Image(ImageArguments),
     /// Boots Xen in QEMU with a firewall and clients, and gives you its dom0 shell.
     Lab(LabArguments),
 }
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let screen = Screen::new();
     let outcome = Workspace::find().and_then(|workspace| match &arguments.command {
+        Command::Image(arguments) => image::run(&workspace, &screen, arguments),
         Command::Lab(arguments) => lab_command::run(&workspace, &screen, arguments),
     });
     match outcome {

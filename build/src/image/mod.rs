@@ -1,0 +1,160 @@
+//! `cargo xtask image`: builds the bootable image, checks it, and says what it is.
+//!
+//! ```text
+//! <target>/image/portcullis           the image: what Xen boots
+//! <target>/image/portcullis.symbols   the same, with symbols and line tables (addr2line -e)
+//! ```
+
+pub mod build;
+pub mod elf;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use serde::Serialize;
+
+use crate::screen::{BOLD, Screen, paint};
+use crate::workspace::{Workspace, file_sha256};
+
+/// Arguments of `cargo xtask image`.
+#[derive(Debug, Args)]
+pub struct ImageArguments {
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+    /// Build the image that crashes on request, for tests of how that is reported
+    #[arg(long)]
+    crash_commands: bool,
+}
+
+/// Which image to build.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Variant {
+    /// The one to ship.
+    #[default]
+    Normal,
+    /// With the console commands of `kernel/src/crash.rs`.
+    CrashCommands,
+}
+
+impl Variant {
+    const fn features(self) -> &'static str {
+        match self {
+            Self::Normal => "image",
+            Self::CrashCommands => "image,crash-commands",
+        }
+    }
+
+    const fn file_name(self) -> &'static str {
+        match self {
+            Self::Normal => "portcullis",
+            Self::CrashCommands => "portcullis-crash-commands",
+        }
+    }
+}
+
+/// A finished image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Image {
+    /// The file that Xen boots.
+    pub path: PathBuf,
+    /// The same with symbols.
+    pub symbols: PathBuf,
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// Bytes of code.
+    pub text: u64,
+    /// Bytes of constants.
+    pub rodata: u64,
+    /// Bytes of initialised data.
+    pub data: u64,
+    /// Bytes of memory beyond the file: zeroed data, page tables, stacks.
+    pub bss: u64,
+    /// SHA-256 of the file, 64 hexadecimal digits.
+    pub sha256: String,
+}
+
+/// Builds an image. Without changes since the last time this takes a moment.
+///
+/// # Errors
+///
+/// If it does not compile, or the result is not as [`elf::examine`] wants it.
+pub fn prepare(workspace: &Workspace, screen: &Screen, variant: Variant) -> Result<Image> {
+    let step = screen.step("Building the image");
+    let linked = build::build(workspace, variant.features())?;
+    let linked = fs::read(&linked).with_context(|| format!("cannot read {}", linked.display()))?;
+    let file = elf::cut(&linked).context("the image is not fit to boot")?;
+    let sizes = elf::examine(&file)?;
+
+    let folder = workspace.target().join("image");
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let path = folder.join(variant.file_name());
+    let symbols = path.with_extension("symbols");
+    replace(&symbols, &linked)?;
+    replace(&path, &file)?;
+    let image = Image {
+        bytes: u64::try_from(file.len())?,
+        text: sizes.text,
+        rodata: sizes.rodata,
+        data: sizes.data,
+        bss: sizes.bss,
+        sha256: file_sha256(&path)?,
+        path,
+        symbols,
+    };
+    step.done(&format!("{} KiB", image.bytes.div_ceil(1024)));
+    Ok(image)
+}
+
+/// Writes a file that appears whole or not at all, and not at all anew if its content is the same.
+fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    if fs::read(path).is_ok_and(|old| old == content) {
+        return Ok(());
+    }
+    let fresh = path.with_extension(format!("new{}", std::process::id()));
+    fs::write(&fresh, content).with_context(|| format!("cannot write {}", fresh.display()))?;
+    fs::rename(&fresh, path).with_context(|| format!("cannot place {}", path.display()))
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// Those of [`prepare`].
+pub fn run(workspace: &Workspace, screen: &Screen, arguments: &ImageArguments) -> Result<ExitCode> {
+    let variant = if arguments.crash_commands {
+        Variant::CrashCommands
+    } else {
+        Variant::Normal
+    };
+    if arguments.json {
+        let image = prepare(workspace, &screen.silenced(), variant)?;
+        anstream::println!("{}", serde_json::to_string_pretty(&image)?);
+    } else {
+        describe(&prepare(workspace, screen, variant)?);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints what the image is.
+fn describe(image: &Image) {
+    anstream::println!("{}", paint(BOLD, &image.path.display().to_string()));
+    for (name, bytes, what) in [
+        ("text", image.text, "code"),
+        ("rodata", image.rodata, "constants"),
+        ("data", image.data, "initialised data"),
+        (
+            "bss",
+            image.bss,
+            "zeroed data, page tables, stacks; not in the file",
+        ),
+        ("file", image.bytes, "at most 524288"),
+    ] {
+        anstream::println!("  {name:8}{bytes:>9}  {what}");
+    }
+    anstream::println!("  sha256   {}", image.sha256);
+    anstream::println!("  symbols  {}", image.symbols.display());
+}

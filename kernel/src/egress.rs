@@ -14,6 +14,8 @@ use netfront::Uplink;
 use xen::netif::GsoType;
 use xen::{Checksum, Frame, Gso, Hypervisor};
 
+use crate::offload::{self, Cut};
+
 /// What the driver says of a frame's checksum, in the engine's terms.
 pub(crate) fn checksum_in(frame: &Frame) -> firewall::Checksum {
     match frame.checksum {
@@ -56,9 +58,64 @@ pub(crate) fn state_out(
     });
 }
 
+/// What a receiver takes without our doing.
+#[derive(Clone, Copy)]
+struct Takes {
+    blank4: bool,
+    blank6: bool,
+    gso4: bool,
+    gso6: bool,
+}
+
+/// How a frame must go.
+enum Fit {
+    /// As it is now.
+    Whole,
+    /// Cut into segments.
+    Cut(alloc::boxed::Box<Cut>),
+    /// Not at all: the receiver cannot take it and we cannot help.
+    Never,
+}
+
+/// Fits a frame to a receiver. May complete its checksum.
+fn fit(frame: &mut Frame, takes: Takes) -> Fit {
+    let ipv6 = frame.header().get(12..14) == Some(&[0x86, 0xdd]);
+    let (blank, gso) = if ipv6 {
+        (takes.blank6, takes.gso6)
+    } else {
+        (takes.blank4, takes.gso4)
+    };
+    // A frame with GSO is always blank; whoever takes the one takes the other.
+    if frame.gso.is_some() && !(gso && blank) {
+        return match Cut::plan(frame, blank) {
+            Some(cut) => Fit::Cut(alloc::boxed::Box::new(cut)),
+            None => Fit::Never,
+        };
+    }
+    if frame.checksum == Checksum::Blank && !blank && !offload::complete(frame) {
+        return Fit::Never;
+    }
+    Fit::Whole
+}
+
 /// Sends a frame to the netvm. Returns whether its driver took it.
 pub(crate) fn to_uplink<H: Hypervisor>(hv: &mut H, uplink: &mut Uplink, frame: &mut Frame) -> bool {
-    uplink.send(hv, frame).is_ok()
+    let features = uplink.features();
+    let takes = Takes {
+        blank4: true,
+        blank6: features.ipv6_csum_offload,
+        gso4: features.gso_tcpv4,
+        gso6: features.gso_tcpv6,
+    };
+    match fit(frame, takes) {
+        Fit::Whole => uplink.send(hv, frame).is_ok(),
+        Fit::Cut(cut) => uplink
+            .send_segments(hv, frame, cut.segments, |index, header| {
+                cut.write_header(index, header);
+            })
+            .is_ok(),
+        Fit::Never => false,
+    }
 }
 
 /// Sends a frame to a client. Returns whether its driver took it, to send it or to queue it.
@@ -68,5 +125,20 @@ pub(crate) fn to_client<H: Hypervisor>(
     batch: &mut Batch,
     frame: &mut Frame,
 ) -> bool {
-    vif.send(hv, batch, frame).is_ok()
+    let features = vif.features();
+    let takes = Takes {
+        blank4: !features.no_csum_offload,
+        blank6: features.ipv6_csum_offload,
+        gso4: features.gso_tcpv4 && features.sg,
+        gso6: features.gso_tcpv6 && features.sg,
+    };
+    match fit(frame, takes) {
+        Fit::Whole => vif.send(hv, batch, frame).is_ok(),
+        Fit::Cut(cut) => vif
+            .send_segments(hv, batch, frame, cut.segments, |index, header| {
+                cut.write_header(index, header);
+            })
+            .is_ok(),
+        Fit::Never => false,
+    }
 }

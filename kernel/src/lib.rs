@@ -27,6 +27,7 @@ mod egress;
 pub mod logger;
 pub mod machine;
 mod observe;
+mod offload;
 pub mod plan;
 pub mod settings;
 pub mod snapshot;

@@ -128,9 +128,4 @@ impl<'a> Frame<'a> {
             gso: None,
         }
     }
-
-    /// Whether all of the frame is in `head`.
-    pub(crate) fn is_linear(&self) -> bool {
-        usize::try_from(self.len).is_ok_and(|len| len == self.head.len())
-    }
 }

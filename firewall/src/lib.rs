@@ -12,14 +12,23 @@
 
 extern crate alloc;
 
+mod address;
 pub mod config;
+mod conntrack;
 pub mod engine;
+mod fragment;
 pub mod frame;
+mod hash;
+mod limiter;
+mod nat;
 pub mod outbox;
+mod registry;
+pub mod resolver;
 pub mod rule;
 pub mod ruleset;
 pub mod verdict;
 pub mod view;
+mod wire;
 
 pub use config::{
     AttachError, ClientConfig, Downstream, IcmpRate, Limits, MappedAddress, UplinkConfig,

@@ -1,0 +1,542 @@
+//! The flow table of one address family: fixed memory, fair shares, a stated order of eviction.
+//!
+//! Flows lie in a pool; the [index](super::index) finds them by either direction's key. Idle flows are
+//! found by a timer wheel of [`SLOTS`] slots of about a second: a flow is linked where it would idle
+//! out, or a round later if that is further away, and linked again when its slot comes and it has been
+//! seen meanwhile. No packet touches the wheel. A lookup treats an overdue flow as absent, so the wheel
+//! decides only when memory comes back.
+//!
+//! # When the table is full
+//!
+//! Every owner (client address) may use what nobody else needs. Without a free entry, room is made by
+//! an owner that holds its fair share or more, which is the capacity divided by the owners that have
+//! flows: the new flow's own owner if it does, else another one. There the oldest *transient* flow
+//! goes: unreplied, not yet assured, or closing. Without those it is the oldest other one, where up to
+//! [`SECOND_CHANCES`] flows seen within the last [`RECENT`] ticks are passed over. So a flood of one
+//! client costs only that client's flows.
+//!
+//! The free list runs through entries that may still be linked in a slot of the wheel: they keep their
+//! place there, and a new flow inherits it. It is then looked at once too early or at most a round too
+//! late.
+
+use alloc::boxed::Box;
+use alloc::vec;
+
+use super::flow::{ASSURED, Flow, IN_ASSURED_LIST, Key, LIVE, ON_WHEEL, REMAPPED, Ticks};
+use super::index::{Index, Place, Reference};
+use crate::address::Address;
+use crate::config::{MAX_FLOWS, MIN_FLOWS};
+use crate::hash::HashKey;
+use crate::nat::Mappings;
+use crate::wire::high16;
+
+/// No entry.
+const NONE: u32 = u32::MAX;
+
+/// Slots of the wheel, a power of two.
+const SLOTS: u32 = 128;
+
+/// Ticks in a slot, as a power of two: about 1.07 seconds.
+const SLOT_SHIFT: u32 = 2;
+
+/// Flows that are passed over because they were seen lately.
+const SECOND_CHANCES: u32 = 8;
+
+/// What lately means: about a minute.
+const RECENT: u32 = 224;
+
+/// A list of flows, oldest first.
+#[derive(Clone, Copy, Debug)]
+struct List {
+    first: u32,
+    last: u32,
+}
+
+const EMPTY: List = List {
+    first: NONE,
+    last: NONE,
+};
+
+/// The flows of one owner.
+#[derive(Clone, Copy, Debug)]
+struct Owner {
+    transient: List,
+    assured: List,
+    flows: u32,
+}
+
+/// Who must make room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NoRoom;
+
+/// The table.
+#[derive(Debug)]
+pub(crate) struct FlowTable<A: Address> {
+    flows: Box<[Flow<A>]>,
+    index: Index,
+    key: HashKey,
+    free: u32,
+    live: u32,
+    owners: Box<[Owner]>,
+    /// Owners that have flows.
+    active_owners: u32,
+    /// Where the search for an owner with too many flows goes on.
+    owner_cursor: usize,
+    slots: Box<[u32]>,
+    /// The slot, counted from the start of time, that was emptied last.
+    slot_done: u32,
+    /// Flows of emptied slots that were not looked at yet.
+    due: u32,
+    started: bool,
+    pub(crate) mappings: Mappings<A>,
+}
+
+fn as_index(number: u32) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+impl<A: Address> FlowTable<A> {
+    /// A table for `capacity` flows of at most `owners` owners.
+    pub(crate) fn new(capacity: u32, owners: u16, key: HashKey, mapping_key: HashKey) -> Self {
+        let capacity = capacity.clamp(MIN_FLOWS, MAX_FLOWS);
+        let owner = Owner {
+            transient: EMPTY,
+            assured: EMPTY,
+            flows: 0,
+        };
+        let mut table = Self {
+            flows: vec![Flow::default(); as_index(capacity)].into_boxed_slice(),
+            index: Index::new(capacity),
+            key,
+            free: NONE,
+            live: 0,
+            owners: vec![owner; usize::from(owners)].into_boxed_slice(),
+            active_owners: 0,
+            owner_cursor: 0,
+            slots: vec![NONE; as_index(SLOTS)].into_boxed_slice(),
+            slot_done: 0,
+            due: NONE,
+            started: false,
+            mappings: Mappings::new(capacity / 32 + 16, mapping_key),
+        };
+        for number in (0..capacity).rev() {
+            table.put_free(number);
+        }
+        table
+    }
+
+    /// Flows that are in the table, overdue ones that were not found yet included.
+    pub(crate) const fn len(&self) -> u32 {
+        self.live
+    }
+
+    /// How many flows fit.
+    pub(crate) fn capacity(&self) -> u32 {
+        u32::try_from(self.flows.len()).unwrap_or(MAX_FLOWS)
+    }
+
+    /// Bytes of memory, everything included.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of_val::<[Flow<A>]>(&self.flows)
+            + self.index.bytes()
+            + size_of_val::<[Owner]>(&self.owners)
+            + size_of_val::<[u32]>(&self.slots)
+            + self.mappings.bytes()
+    }
+
+    /// Flows of one owner.
+    pub(crate) fn flows_of(&self, owner: u16) -> u32 {
+        let owner = self.owners.get(usize::from(owner));
+        owner.map_or(0, |owner| owner.flows)
+    }
+
+    #[inline(always)]
+    pub(crate) fn place(&self, key: &Key<A>) -> Place {
+        let hash = A::key_hash(&self.key, key.src, key.dst, key.ports, key.protocol);
+        self.index.place(hash)
+    }
+
+    /// Reads the index where a key would be, ahead of [`Self::find_at`].
+    #[inline(always)]
+    pub(crate) fn touch(&self, place: Place) -> u32 {
+        self.index.touch(place)
+    }
+
+    /// Finds a flow by the key of one direction.
+    #[inline(always)]
+    pub(crate) fn find(&self, key: &Key<A>, reply: bool) -> Option<u32> {
+        self.find_at(self.place(key), key, reply)
+    }
+
+    /// Finds a flow, with the place of its key.
+    #[inline(always)]
+    pub(crate) fn find_at(&self, place: Place, key: &Key<A>, reply: bool) -> Option<u32> {
+        let found = self.index.find(place, |reference| {
+            self.get(reference.entry()).is_some_and(|flow| {
+                let half = flow.side(reply);
+                reference.is_reply() == reply
+                    && half.ports == key.ports
+                    && half.src == key.src
+                    && half.dst == key.dst
+                    && flow.protocol == key.protocol
+            })
+        });
+        found.map(Reference::entry)
+    }
+
+    /// Whether replies with this key can be told from those of every other flow. An overdue flow
+    /// that stands in the way is removed.
+    pub(crate) fn reply_is_free(&mut self, reply: &Key<A>, now: Ticks) -> bool {
+        match self.find(reply, true) {
+            None => true,
+            Some(number) => {
+                let overdue = self.get(number).is_none_or(|flow| flow.is_overdue(now));
+                if overdue {
+                    self.remove(number);
+                }
+                overdue
+            }
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn get(&self, number: u32) -> Option<&Flow<A>> {
+        self.flows.get(as_index(number))
+    }
+
+    #[inline(always)]
+    pub(crate) fn get_mut(&mut self, number: u32) -> Option<&mut Flow<A>> {
+        self.flows.get_mut(as_index(number))
+    }
+
+    /// Adds a flow whose keys are not in the table. Returns its number, and whether another flow had
+    /// to make room.
+    ///
+    /// # Errors
+    ///
+    /// [`NoRoom`], if its keys do not fit the index even after others made room.
+    pub(crate) fn insert(&mut self, flow: Flow<A>, now: Ticks) -> Result<(u32, bool), NoRoom> {
+        let evicted = self.free == NONE;
+        if evicted && !self.evict(flow.owner, now) {
+            return Err(NoRoom);
+        }
+        let number = self.free;
+        let original = self.place(&flow.key(false));
+        let reply = self.place(&flow.key(true));
+        if !self.index_insert(original, Reference::new(number, false)) {
+            return Err(NoRoom);
+        }
+        if !self.index_insert(reply, Reference::new(number, true)) {
+            self.index.remove(original, Reference::new(number, false));
+            return Err(NoRoom);
+        }
+        let Some(entry) = self.flows.get_mut(as_index(number)) else {
+            return Err(NoRoom);
+        };
+        self.free = entry.list_next;
+        let wheel = entry.flags & ON_WHEEL;
+        let timer_next = entry.timer_next;
+        *entry = flow;
+        entry.flags |= wheel | LIVE;
+        entry.timer_next = timer_next;
+        self.live += 1;
+        if wheel == 0 {
+            self.link_timer(number, now);
+        }
+        if let Some(owner) = self.owners.get_mut(usize::from(flow.owner)) {
+            self.active_owners += u32::from(owner.flows == 0);
+            owner.flows += 1;
+        }
+        self.link_owner(number);
+        Ok((number, evicted))
+    }
+
+    fn index_insert(&mut self, place: Place, reference: Reference) -> bool {
+        let flows = &self.flows;
+        let key = &self.key;
+        self.index.insert(place, reference, |other| {
+            flows.get(as_index(other.entry())).map_or(0, |flow| {
+                let half = flow.side(other.is_reply());
+                A::key_hash(key, half.src, half.dst, half.ports, flow.protocol)
+            })
+        })
+    }
+
+    /// Removes a live flow. Its entry can be used again at once.
+    pub(crate) fn remove(&mut self, number: u32) {
+        let Some(flow) = self.get(number).filter(|flow| flow.flags & LIVE != 0) else {
+            return;
+        };
+        let flow = *flow;
+        for reply in [false, true] {
+            let place = self.place(&flow.key(reply));
+            self.index.remove(place, Reference::new(number, reply));
+        }
+        if flow.flags & REMAPPED != 0 {
+            let original = flow.side(false);
+            self.mappings
+                .release(original.src, high16(original.ports), flow.protocol);
+        }
+        self.unlink_owner(number);
+        if let Some(owner) = self.owners.get_mut(usize::from(flow.owner)) {
+            owner.flows = owner.flows.saturating_sub(1);
+            self.active_owners -= u32::from(owner.flows == 0);
+        }
+        self.live = self.live.saturating_sub(1);
+        if let Some(flow) = self.get_mut(number) {
+            flow.flags &= ON_WHEEL;
+        }
+        self.put_free(number);
+    }
+
+    /// Removes everything.
+    pub(crate) fn clear(&mut self) {
+        self.index.clear();
+        self.mappings.clear();
+        self.free = NONE;
+        self.live = 0;
+        self.active_owners = 0;
+        self.due = NONE;
+        self.slots.fill(NONE);
+        for owner in &mut self.owners {
+            owner.transient = EMPTY;
+            owner.assured = EMPTY;
+            owner.flows = 0;
+        }
+        for number in (0..self.capacity()).rev() {
+            if let Some(flow) = self.get_mut(number) {
+                *flow = Flow::default();
+            }
+            self.put_free(number);
+        }
+    }
+
+    fn put_free(&mut self, number: u32) {
+        let next = self.free;
+        if let Some(flow) = self.get_mut(number) {
+            flow.list_next = next;
+            self.free = number;
+        }
+    }
+
+    // Fair shares.
+
+    /// Makes one entry free.
+    #[cold]
+    fn evict(&mut self, for_owner: u16, now: Ticks) -> bool {
+        let share = self.capacity() / self.active_owners.max(1);
+        let from = if self.flows_of(for_owner) >= share.max(1) {
+            Some(usize::from(for_owner))
+        } else {
+            self.owner_above(share)
+        };
+        let victim = from.and_then(|owner| self.victim(owner, now));
+        match victim {
+            Some(number) => {
+                self.remove(number);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The next owner that holds at least a fair share. One exists when the table is full.
+    fn owner_above(&mut self, share: u32) -> Option<usize> {
+        let count = self.owners.len();
+        let start = self.owner_cursor;
+        let found = (0..count).map(|step| (start + step) % count).find(|at| {
+            self.owners
+                .get(*at)
+                .is_some_and(|owner| owner.flows >= share.max(1))
+        })?;
+        self.owner_cursor = found;
+        Some(found)
+    }
+
+    /// Which flow of an owner goes.
+    fn victim(&mut self, owner: usize, now: Ticks) -> Option<u32> {
+        let lists = *self.owners.get(owner)?;
+        if lists.transient.first != NONE {
+            return Some(lists.transient.first);
+        }
+        let mut number = lists.assured.first;
+        for _ in 0..SECOND_CHANCES {
+            let flow = self.get(number)?;
+            let [original, reply] = &flow.half;
+            if now.since(original.seen).min(now.since(reply.seen)) > RECENT {
+                return Some(number);
+            }
+            // To the end of the list, as the youngest.
+            self.unlink_owner(number);
+            self.link_owner(number);
+            number = self.owners.get(owner)?.assured.first;
+        }
+        Some(number)
+    }
+
+    /// Moves a flow between its owner's lists after its state has changed.
+    #[inline(always)]
+    pub(crate) fn settle(&mut self, number: u32) {
+        let Some(flow) = self.get(number) else { return };
+        if flow.is_transient() == (flow.flags & IN_ASSURED_LIST != 0) {
+            self.unlink_owner(number);
+            self.link_owner(number);
+        }
+    }
+
+    fn list(&mut self, owner: u16, assured: bool) -> Option<&mut List> {
+        let owner = self.owners.get_mut(usize::from(owner))?;
+        Some(if assured {
+            &mut owner.assured
+        } else {
+            &mut owner.transient
+        })
+    }
+
+    #[inline(never)]
+    fn link_owner(&mut self, number: u32) {
+        let Some(flow) = self.get_mut(number) else {
+            return;
+        };
+        let assured = !flow.is_transient();
+        flow.flags &= !IN_ASSURED_LIST;
+        if assured {
+            flow.flags |= IN_ASSURED_LIST;
+        }
+        flow.list_next = NONE;
+        let owner = flow.owner;
+        let Some(list) = self.list(owner, assured) else {
+            return;
+        };
+        let previous = core::mem::replace(&mut list.last, number);
+        if previous == NONE {
+            list.first = number;
+        } else if let Some(previous) = self.get_mut(previous) {
+            previous.list_next = number;
+        }
+        if let Some(flow) = self.get_mut(number) {
+            flow.list_previous = previous;
+        }
+    }
+
+    #[inline(never)]
+    fn unlink_owner(&mut self, number: u32) {
+        let Some(flow) = self.get(number) else { return };
+        let (owner, assured) = (flow.owner, flow.flags & IN_ASSURED_LIST != 0);
+        let (previous, next) = (flow.list_previous, flow.list_next);
+        match previous {
+            NONE => {
+                if let Some(list) = self.list(owner, assured) {
+                    list.first = next;
+                }
+            }
+            previous => {
+                if let Some(flow) = self.get_mut(previous) {
+                    flow.list_next = next;
+                }
+            }
+        }
+        match next {
+            NONE => {
+                if let Some(list) = self.list(owner, assured) {
+                    list.last = previous;
+                }
+            }
+            next => {
+                if let Some(flow) = self.get_mut(next) {
+                    flow.list_previous = previous;
+                }
+            }
+        }
+    }
+
+    // The wheel.
+
+    fn link_timer(&mut self, number: u32, now: Ticks) {
+        if !self.started {
+            self.started = true;
+            self.slot_done = now.0 >> SLOT_SHIFT;
+        }
+        let slot_done = self.slot_done;
+        let Some(flow) = self.get_mut(number) else {
+            return;
+        };
+        // One slot later than the deadline's, so that the flow is overdue when the slot is emptied.
+        let wanted = (flow.deadline(now).0 >> SLOT_SHIFT).wrapping_add(1);
+        let ahead = wanted.wrapping_sub(slot_done).clamp(1, SLOTS - 1);
+        let slot = slot_done.wrapping_add(ahead) & (SLOTS - 1);
+        let Some(head) = self.slots.get_mut(as_index(slot)) else {
+            return;
+        };
+        let next = core::mem::replace(head, number);
+        if let Some(flow) = self.get_mut(number) {
+            flow.timer_next = next;
+            flow.flags |= ON_WHEEL;
+        }
+    }
+
+    /// Takes the next flow out of the wheel whose slot has come. The caller must give it to
+    /// [`Self::keep`] or [`Self::remove`]. Returns `None` when nothing is left to do by `now`.
+    pub(crate) fn next_due(&mut self, now: Ticks) -> Option<u32> {
+        loop {
+            while self.due != NONE {
+                let number = self.due;
+                let flow = self.get_mut(number)?;
+                flow.flags &= !ON_WHEEL;
+                let live = flow.flags & LIVE != 0;
+                self.due = flow.timer_next;
+                if live {
+                    return Some(number);
+                }
+            }
+            let slot_now = now.0 >> SLOT_SHIFT;
+            let behind = slot_now.wrapping_sub(self.slot_done) & (u32::MAX >> SLOT_SHIFT);
+            if !self.started || behind == 0 || behind > u32::MAX >> (SLOT_SHIFT + 1) {
+                return None;
+            }
+            // After a long pause one round empties every slot.
+            if behind > SLOTS {
+                self.slot_done = slot_now.wrapping_sub(SLOTS);
+            }
+            self.slot_done = self.slot_done.wrapping_add(1);
+            let slot = self.slot_done & (SLOTS - 1);
+            if let Some(head) = self.slots.get_mut(as_index(slot)) {
+                self.due = core::mem::replace(head, NONE);
+            }
+        }
+    }
+
+    /// Puts a flow back into the wheel.
+    pub(crate) fn keep(&mut self, number: u32, now: Ticks) {
+        self.link_timer(number, now);
+    }
+
+    /// When [`Self::next_due`] can next have something, if ever.
+    pub(crate) fn next_deadline(&self) -> Option<Ticks> {
+        if self.live == 0 {
+            return None;
+        }
+        if self.due != NONE {
+            return Some(Ticks(self.slot_done << SLOT_SHIFT));
+        }
+        let next = (1..=SLOTS).find(|ahead| {
+            let slot = self.slot_done.wrapping_add(*ahead) & (SLOTS - 1);
+            self.slots
+                .get(as_index(slot))
+                .is_some_and(|head| *head != NONE)
+        });
+        next.map(|ahead| Ticks(self.slot_done.wrapping_add(ahead) << SLOT_SHIFT))
+    }
+
+    /// Whether a flow is assured, for tests of the order of eviction.
+    #[cfg(test)]
+    pub(crate) fn is_assured(&self, number: u32) -> bool {
+        self.get(number)
+            .is_some_and(|flow| flow.flags & ASSURED != 0)
+    }
+}
+
+const _: u8 = ASSURED;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,240 @@
+use super::*;
+
+const PS: u8 = 0x08;
+
+fn segment(seq: u32, ack: u32, flags: u8, payload: u32) -> Segment {
+    let mut header = [0; 20];
+    header[4..8].copy_from_slice(&seq.to_be_bytes());
+    header[8..12].copy_from_slice(&ack.to_be_bytes());
+    header[12] = 0x50;
+    header[13] = flags;
+    header[14..16].copy_from_slice(&1000_u16.to_be_bytes());
+    Segment::new(&header, 20 + payload)
+}
+
+/// A flow with both sides, driven as the engine drives it.
+struct Flow {
+    sides: [Side; 2],
+    last: Last,
+    state: State,
+    patience: Patience,
+    replied: bool,
+    assured: bool,
+}
+
+impl Flow {
+    fn open(first: &Segment) -> Self {
+        let (sender, receiver) = start(first, &[]).unwrap();
+        let mut flow = Self {
+            sides: [sender, receiver],
+            last: Last::default(),
+            state: State::None,
+            patience: Patience::default(),
+            replied: false,
+            assured: false,
+        };
+        assert_eq!(flow.step(first, false), Tracked::Accept);
+        flow
+    }
+
+    fn step(&mut self, segment: &Segment, reply: bool) -> Tracked {
+        let [original, replying] = &mut self.sides;
+        let (sender, receiver) = match reply {
+            false => (original, replying),
+            true => (replying, original),
+        };
+        let tracked = Track {
+            sender,
+            receiver,
+            last: &mut self.last,
+            state: &mut self.state,
+            patience: &mut self.patience,
+            replied: self.replied,
+            assured: &mut self.assured,
+        }
+        .follow(segment, &[], reply);
+        self.replied |= reply;
+        tracked
+    }
+
+    /// Client at 1000, server at 5000, one byte of SYN each.
+    fn established() -> Self {
+        let mut flow = Self::open(&segment(1000, 0, SYN, 0));
+        assert_eq!(
+            flow.step(&segment(5000, 1001, SYN | ACK, 0), true),
+            Tracked::Accept
+        );
+        assert_eq!(
+            flow.step(&segment(1001, 5001, ACK, 0), false),
+            Tracked::Accept
+        );
+        assert_eq!(flow.state, State::Established);
+        assert!(flow.assured);
+        flow
+    }
+}
+
+#[test]
+fn handshake_data_and_close_walk_through_the_states() {
+    let mut flow = Flow::established();
+    assert_eq!(flow.patience, Patience::Established);
+    assert_eq!(
+        flow.step(&segment(1001, 5001, ACK | PS, 100), false),
+        Tracked::Accept
+    );
+    assert_eq!(flow.patience, Patience::Unacknowledged);
+    assert_eq!(
+        flow.step(&segment(5001, 1101, ACK, 0), true),
+        Tracked::Accept
+    );
+    assert_eq!(flow.patience, Patience::Established);
+    for (seg, reply, state) in [
+        (segment(1101, 5001, FIN | ACK, 0), false, State::FinWait),
+        (segment(5001, 1102, ACK, 0), true, State::CloseWait),
+        (segment(5001, 1102, FIN | ACK, 0), true, State::LastAck),
+        (segment(1102, 5002, ACK, 0), false, State::TimeWait),
+    ] {
+        assert_eq!(flow.step(&seg, reply), Tracked::Accept);
+        assert_eq!(flow.state, state);
+    }
+    // The client opens the same connection again.
+    assert_eq!(
+        flow.step(&segment(90_000, 0, SYN, 0), false),
+        Tracked::Restart
+    );
+}
+
+#[test]
+fn segments_outside_the_window_are_invalid_or_prove_nothing() {
+    let mut flow = Flow::established();
+    let window = Tracked::Invalid(DropReason::TcpWindow);
+    assert_eq!(flow.step(&segment(1_000_000, 5001, ACK, 10), false), window);
+    assert_eq!(flow.step(&segment(1001, 9_000_000, ACK, 10), false), window);
+    // Old data once more: a retransmission.
+    assert_eq!(
+        flow.step(&segment(1001_u32.wrapping_sub(2000), 5001, ACK, 10), false),
+        Tracked::Ignore
+    );
+    // A little more than the window.
+    assert_eq!(
+        flow.step(&segment(2002, 5001, ACK, 10), false),
+        Tracked::Ignore
+    );
+}
+
+#[test]
+fn impossible_flags_and_first_segments_are_refused() {
+    for flags in [0, SYN | FIN, SYN | RST, FIN, 0x3f, URG] {
+        let first = segment(1, 0, flags, 0);
+        assert_eq!(
+            start(&first, &[]).err(),
+            Some(DropReason::TcpFlags),
+            "{flags:x}"
+        );
+    }
+    for flags in [SYN | ACK, RST, RST | ACK, FIN | ACK] {
+        let first = segment(1, 0, flags, 0);
+        assert_eq!(
+            start(&first, &[]).err(),
+            Some(DropReason::TcpState),
+            "{flags:x}"
+        );
+    }
+    assert!(start(&segment(1, 0, SYN | 0xc0, 0), &[]).is_ok());
+}
+
+#[test]
+fn reset_must_match_what_was_acknowledged() {
+    let mut flow = Flow::established();
+    // Behind: invalid. Ahead: passes, but the flow stays. Exact: closes.
+    assert!(matches!(
+        flow.step(&segment(4000, 0, RST, 0), true),
+        Tracked::Invalid(_)
+    ));
+    assert_eq!(flow.step(&segment(5500, 0, RST, 0), true), Tracked::Accept);
+    assert_eq!(
+        (flow.state, flow.patience),
+        (State::Established, Patience::Closed)
+    );
+    assert_eq!(flow.step(&segment(5001, 0, RST, 0), true), Tracked::Accept);
+    assert_eq!(flow.state, State::Closed);
+}
+
+#[test]
+fn refused_connection_is_over_at_once() {
+    let mut flow = Flow::open(&segment(1000, 0, SYN, 0));
+    assert_eq!(
+        flow.step(&segment(0, 1001, RST | ACK, 0), true),
+        Tracked::Last
+    );
+}
+
+#[test]
+fn pickup_in_the_middle_is_liberal() {
+    let mut flow = Flow::open(&segment(77, 88, ACK, 5));
+    assert_eq!(
+        (flow.state, flow.patience),
+        (State::Established, Patience::Unacknowledged)
+    );
+    assert_eq!(flow.step(&segment(88, 82, ACK, 5), true), Tracked::Accept);
+    assert_eq!(
+        flow.step(&segment(1 << 30, 93, ACK, 5), false),
+        Tracked::Accept
+    );
+    assert!(flow.assured);
+}
+
+#[test]
+fn new_syn_in_an_established_flow_resynchronises_when_the_server_agrees() {
+    let mut flow = Flow::established();
+    assert_eq!(
+        flow.step(&segment(70_000, 0, SYN, 0), false),
+        Tracked::Ignore
+    );
+    assert_eq!(flow.state, State::Established);
+    assert_eq!(
+        flow.step(&segment(90_000, 70_001, SYN | ACK, 0), true),
+        Tracked::Accept
+    );
+    assert_eq!(flow.state, State::SynReceived);
+    assert_eq!(
+        flow.step(&segment(70_001, 90_001, ACK, 0), false),
+        Tracked::Accept
+    );
+    assert_eq!(flow.state, State::Established);
+}
+
+#[test]
+fn window_scale_counts_only_if_both_sides_announce_it() {
+    let options = [3, 3, 7, 1, 4, 2, 0, 0];
+    assert_eq!(announced(&options), (7, SIDE_SCALES | SIDE_SACK));
+    assert_eq!(announced(&[3, 3, 200]), (14, SIDE_SCALES));
+    assert_eq!(announced(&[3, 4, 7]), (0, 0));
+    let (mut sender, _) = start(&segment(1, 0, SYN, 0), &options).unwrap();
+    assert_eq!(sender.scale, 7);
+    let mut other = Side::default();
+    let mut track = Track {
+        sender: &mut other,
+        receiver: &mut sender,
+        last: &mut Last::default(),
+        state: &mut State::SynSent,
+        patience: &mut Patience::default(),
+        replied: false,
+        assured: &mut false,
+    };
+    assert_eq!(
+        track.follow(&segment(9, 2, SYN | ACK, 0), &[], true),
+        Tracked::Accept
+    );
+    assert_eq!(sender.scale, 0);
+}
+
+#[test]
+fn selective_acknowledgement_raises_the_highest() {
+    let mut options = alloc::vec![1, 1, 5, 18];
+    for edge in [100_u32, 200, 50, 80] {
+        options.extend(edge.to_be_bytes());
+    }
+    assert_eq!(highest_sack(&options, 60), 200);
+    assert_eq!(highest_sack(&[1, 1, 8, 10, 0, 0, 0, 0, 0, 0, 0, 0], 60), 60);
+}

@@ -1,0 +1,319 @@
+//! Table A of `qubes-policy.md` 3.2: packets from a client that belong to no flow.
+//!
+//! The rows are decided in the order of the table. Rows A1 to A10 are in [`super`], what a flow does
+//! with its packets (A16 to A19, A23, A24) in [`super::forward`].
+
+use super::complain::{self, Complaint};
+use super::core::{Core, Local, Packet, Uplink};
+use super::{forward, local, related};
+use crate::conntrack::flow::{self, Flow, Key, Ticks};
+use crate::conntrack::table::FlowTable;
+use crate::conntrack::tcp::{self, Segment, Side, State, Track, Tracked};
+use crate::frame::{Frame, Iface, Time};
+use crate::nat;
+use crate::registry::Rules;
+use crate::rule::Action;
+use crate::ruleset::RuleRef;
+use crate::verdict::{DropReason, Verdict};
+use crate::wire::transport::Kind;
+use crate::wire::{ethernet, high16, low16};
+
+/// Port of DNS.
+const DNS: u16 = 53;
+
+/// What tracking makes of a packet without a flow.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Class {
+    /// It may start a flow. For TCP, with these sides.
+    New(Side, Side),
+    /// It can be nothing that anybody sends.
+    Invalid(DropReason),
+}
+
+/// Classifies a packet that has no flow (A10).
+pub(crate) fn classify<A: Local>(frame: &Frame<'_>, packet: &Packet<A>) -> Class {
+    if !forward::checksum_holds(frame, packet) {
+        return Class::Invalid(DropReason::BadChecksum);
+    }
+    match packet.transport.kind {
+        Kind::Tcp => match read_segment(frame, packet) {
+            Some((segment, options)) => match tcp::start(&segment, options) {
+                Ok((sender, receiver)) => Class::New(sender, receiver),
+                Err(reason) => Class::Invalid(reason),
+            },
+            None => Class::Invalid(DropReason::MalformedTransport),
+        },
+        Kind::Udp | Kind::Request | Kind::Other => Class::New(Side::default(), Side::default()),
+        Kind::Reply | Kind::OtherIcmp => Class::Invalid(DropReason::IcmpState),
+        Kind::Error => Class::Invalid(DropReason::IcmpUnrelated),
+    }
+}
+
+/// The TCP header and options of a packet.
+fn read_segment<'f, A: Local>(
+    frame: &'f Frame<'_>,
+    packet: &Packet<A>,
+) -> Option<(Segment, &'f [u8])> {
+    let start = ethernet::HEADER + usize::from(packet.network.header_len);
+    let (header, rest) = frame.head.get(start..)?.split_first_chunk::<20>()?;
+    let options_len = (usize::from(header[12] >> 4) * 4).checked_sub(20)?;
+    let segment = Segment::new(header, packet.network.transport_len());
+    Some((segment, rest.get(..options_len)?))
+}
+
+/// Decides a packet of a client that has no flow.
+#[inline(never)]
+pub(crate) fn without_flow<A: Local>(
+    core: &mut Core,
+    table: &mut FlowTable<A>,
+    source: u16,
+    ingress: Iface,
+    frame: &mut Frame<'_>,
+    packet: &Packet<A>,
+    now: Time,
+) -> Verdict {
+    let network = &packet.network;
+    let kind = packet.transport.kind;
+    if kind == Kind::Error
+        && let Some(verdict) = related::from_client(core, table, ingress, frame, packet, now)
+    {
+        return verdict;
+    }
+    let class = classify(frame, packet);
+    // A11: DNS to a virtual resolver goes to a real one.
+    let mut destination = network.dst;
+    let to_dns = matches!(kind, Kind::Tcp | Kind::Udp) && low16(packet.transport.ports) == DNS;
+    if to_dns && matches!(class, Class::New(..)) {
+        match A::resolver(core, network.dst) {
+            Some(Ok(real)) => destination = real,
+            Some(Err(())) => return Verdict::Drop(DropReason::NoResolver),
+            None => {}
+        }
+    }
+    // A12
+    if network.dst.is_group() {
+        return Verdict::Drop(DropReason::Multicast);
+    }
+    if network.dst.is_martian() {
+        return Verdict::Drop(DropReason::MartianDestination);
+    }
+    if network.source_routed {
+        return Verdict::Drop(DropReason::SourceRouted);
+    }
+    // A13
+    if A::is_ours(core, destination) {
+        return local::from_client(core, ingress, frame, packet, &class, now);
+    }
+    // A14
+    let node = A::node(&core.registry, destination);
+    let uplink = core.uplink.filter(A::has_route);
+    let mtu = match (node.attached, &uplink) {
+        (true, _) => attached_mtu(core, destination),
+        (false, Some(uplink)) => uplink.config.mtu,
+        (false, None) => {
+            let (complaint, reason) = (Complaint::NoRoute, DropReason::NoRoute);
+            return complain::reject(core, frame, packet, ingress, complaint, reason, now);
+        }
+    };
+    // A15
+    if packet.group_frame {
+        return Verdict::Drop(DropReason::LinkBroadcast);
+    }
+    // A16, A17
+    if (network.ttl <= 1 || network.total_len > u32::from(mtu))
+        && let Some(verdict) = forward::obstacle(core, frame, packet, ingress, mtu, now)
+    {
+        return verdict;
+    }
+    // A20
+    let (sender, receiver) = match class {
+        Class::New(sender, receiver) => (sender, receiver),
+        Class::Invalid(reason) => return Verdict::Drop(reason),
+    };
+    // A21
+    let rule = match rules(core, source, packet, destination) {
+        Ok(rule) => rule,
+        Err(DropReason::NoRules) => return Verdict::Drop(DropReason::NoRules),
+        Err(reason) => {
+            let complaint = Complaint::Prohibited;
+            return complain::reject(core, frame, packet, ingress, complaint, reason, now);
+        }
+    };
+    // A22
+    if node.attached {
+        return Verdict::Drop(DropReason::ToClient);
+    }
+    // A23
+    if node.guarded {
+        return Verdict::Drop(DropReason::GuardedDestination);
+    }
+    // A24
+    let Some(uplink) = uplink else {
+        return Verdict::Drop(DropReason::NoRoute);
+    };
+    let start = Start {
+        source,
+        destination,
+        rule: forward::rule_number(rule),
+        sender,
+        receiver,
+    };
+    match begin(core, table, &uplink, frame, packet, &start, now) {
+        Ok(change) => {
+            let egress = Iface::Uplink;
+            forward::send(core, frame, packet, ingress, egress, &change, now)
+        }
+        Err(reason) => {
+            core.counters.flows_refused = core.counters.flows_refused.wrapping_add(1);
+            Verdict::Drop(reason)
+        }
+    }
+}
+
+/// The MTU towards an attached address.
+#[cold]
+fn attached_mtu<A: Local>(core: &Core, destination: A) -> u16 {
+    let vif = core
+        .registry
+        .vifs()
+        .find(|(_, vif)| A::list(vif).source(destination).is_some());
+    vif.map_or(crate::config::DEFAULT_MTU, |(_, vif)| vif.mtu)
+}
+
+/// A21: what the client's rules say.
+fn rules<A: Local>(
+    core: &Core,
+    source: u16,
+    packet: &Packet<A>,
+    destination: A,
+) -> Result<RuleRef, DropReason> {
+    let source = core.registry.source(source).ok_or(DropReason::NoRules)?;
+    let rules = match &source.rules {
+        Rules::Absent => return Err(DropReason::NoRules),
+        Rules::Invalid => return Err(DropReason::InvalidRules),
+        Rules::Compiled(rules) => rules,
+    };
+    let upper = packet.transport.upper(&packet.network);
+    let decision = A::decide(rules, destination, upper);
+    match (decision.action, decision.rule) {
+        (Action::Accept, rule) => Ok(rule),
+        (Action::Drop, RuleRef::Number(_)) => Err(DropReason::Rule),
+        (Action::Drop, RuleRef::Policy) => Err(DropReason::Policy),
+    }
+}
+
+/// What a new flow starts with.
+struct Start<A> {
+    source: u16,
+    destination: A,
+    rule: u16,
+    sender: Side,
+    receiver: Side,
+}
+
+/// A24: chooses a translation and puts the flow into the table.
+fn begin<A: Local>(
+    core: &mut Core,
+    table: &mut FlowTable<A>,
+    uplink: &Uplink,
+    frame: &Frame<'_>,
+    packet: &Packet<A>,
+    start: &Start<A>,
+    now: Time,
+) -> Result<forward::Change<A>, DropReason> {
+    let ticks = Ticks::at(now);
+    let own = A::own(uplink).ok_or(DropReason::NoRoute)?;
+    let original = Key {
+        src: packet.network.src,
+        dst: packet.network.dst,
+        ports: packet.transport.ports,
+        protocol: packet.network.protocol,
+    };
+    let kind = packet.transport.kind;
+    let translation = nat::translate(
+        table,
+        &mut core.random,
+        kind,
+        &original,
+        start.destination,
+        own,
+        ticks,
+    )
+    .ok_or(DropReason::NatExhausted)?;
+    let mut flow = Flow::new(&original, &translation.reply, ticks);
+    flow.owner = start.source;
+    flow.rule = start.rule;
+    flow.epoch = core
+        .registry
+        .source(start.source)
+        .map_or(0, |own| own.epoch);
+    if packet.network.opaque {
+        flow.flags |= flow::OPAQUE;
+    }
+    let (half, _) = flow.sides_mut(false);
+    half.packets = 1;
+    if kind == Kind::Tcp {
+        begin_tcp(&mut flow, frame, packet, start)?;
+    } else {
+        flow.follow_datagram(false, ticks);
+    }
+    let [half, other] = &flow.half;
+    let change = forward::Change::of(half, other);
+    if translation.remapped {
+        let external = low16(translation.reply.ports);
+        core.counters.ports_remapped = core.counters.ports_remapped.wrapping_add(1);
+        let port = high16(original.ports);
+        if table
+            .mappings
+            .hold(original.src, port, original.protocol, external)
+        {
+            flow.flags |= flow::REMAPPED;
+        }
+    }
+    match table.insert(flow, ticks) {
+        Ok((_, evicted)) => {
+            core.counters.flows_created = core.counters.flows_created.wrapping_add(1);
+            core.counters.flows_evicted =
+                core.counters.flows_evicted.wrapping_add(u64::from(evicted));
+            Ok(change)
+        }
+        Err(_) => {
+            if flow.flags & flow::REMAPPED != 0 {
+                let port = high16(original.ports);
+                table
+                    .mappings
+                    .release(original.src, port, original.protocol);
+            }
+            Err(DropReason::TableFull)
+        }
+    }
+}
+
+/// Starts tracking a TCP connection with its first segment.
+fn begin_tcp<A: Local>(
+    flow: &mut Flow<A>,
+    frame: &Frame<'_>,
+    packet: &Packet<A>,
+    start: &Start<A>,
+) -> Result<(), DropReason> {
+    let (segment, options) = read_segment(frame, packet).ok_or(DropReason::MalformedTransport)?;
+    let [original, reply] = &mut flow.half;
+    original.tcp = start.sender;
+    reply.tcp = start.receiver;
+    flow.state = State::None;
+    let tracked = Track {
+        sender: &mut original.tcp,
+        receiver: &mut reply.tcp,
+        last: &mut flow.last,
+        state: &mut flow.state,
+        patience: &mut flow.patience,
+        replied: false,
+        assured: &mut false,
+    }
+    .follow(&segment, options, false);
+    match tracked {
+        Tracked::Accept => Ok(()),
+        Tracked::Invalid(reason) => Err(reason),
+        Tracked::Ignore | Tracked::Last | Tracked::Restart => Err(DropReason::TcpState),
+    }
+}

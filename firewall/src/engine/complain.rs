@@ -1,0 +1,221 @@
+//! ICMP errors that the engine sends (`qubes-policy.md` 3.4).
+//!
+//! An error goes back to the interface the packet came from, quotes the packet as it came in, and is
+//! subject to the rate limits of [`crate::limiter`]. Never answered: ICMP errors, packets from or to
+//! groups, packets from addresses that nothing sends from.
+
+use super::core::{Core, Local, Packet};
+use crate::frame::{Checksum, ClientId, Frame, Iface, Time};
+use crate::limiter;
+use crate::rule::Family;
+use crate::verdict::{DropReason, Verdict};
+use crate::wire::transport::{self, Kind};
+use crate::wire::{checksum, ethernet, get_u16, icmp, protocol, put_u16};
+
+/// Longest error over IPv4 in bytes of IP packet (RFC 1812 4.3.2.3).
+const MAX_ERROR4: usize = 576;
+
+/// Longest error over IPv6 in bytes of IP packet (RFC 4443 2.4).
+const MAX_ERROR6: usize = 1280;
+
+/// Bytes of an ICMP header.
+const ICMP_HEADER: usize = 8;
+
+/// What is wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Complaint {
+    /// The client's rules forbid it.
+    Prohibited,
+    /// We offer nothing there.
+    HostProhibited,
+    /// The time to live has run out.
+    TtlExceeded,
+    /// It is larger than this.
+    TooBig(u16),
+    /// There is no uplink.
+    NoRoute,
+}
+
+impl Complaint {
+    /// Type, code and the second word of the message.
+    const fn message(self, family: Family) -> (u8, u8, u32) {
+        match (self, family) {
+            (Self::Prohibited, Family::Ipv4) => (icmp::V4_UNREACHABLE, 13, 0),
+            (Self::HostProhibited, Family::Ipv4) => (icmp::V4_UNREACHABLE, 10, 0),
+            (Self::TtlExceeded, Family::Ipv4) => (icmp::V4_TIME_EXCEEDED, 0, 0),
+            (Self::TooBig(mtu), Family::Ipv4) => (icmp::V4_UNREACHABLE, 4, mtu as u32),
+            (Self::NoRoute, Family::Ipv4) => (icmp::V4_UNREACHABLE, 0, 0),
+            (Self::Prohibited | Self::HostProhibited, Family::Ipv6) => (icmp::V6_UNREACHABLE, 1, 0),
+            (Self::TtlExceeded, Family::Ipv6) => (icmp::V6_TIME_EXCEEDED, 0, 0),
+            (Self::TooBig(mtu), Family::Ipv6) => (icmp::V6_TOO_BIG, 0, mtu as u32),
+            (Self::NoRoute, Family::Ipv6) => (icmp::V6_UNREACHABLE, 0, 0),
+        }
+    }
+}
+
+/// Refuses a packet and tells its sender, if it may be told.
+#[cold]
+#[inline(never)]
+pub(crate) fn reject<A: Local>(
+    core: &mut Core,
+    frame: &Frame<'_>,
+    packet: &Packet<A>,
+    ingress: Iface,
+    complaint: Complaint,
+    reason: DropReason,
+    now: Time,
+) -> Verdict {
+    let from = match ingress {
+        Iface::Uplink => core.uplink.as_ref().and_then(A::own),
+        Iface::Client(_) => A::gateway(core),
+    };
+    let network = &packet.network;
+    let unanswerable = matches!(packet.transport.kind, Kind::Error | Kind::OtherIcmp)
+        || packet.group_frame
+        || [network.src, network.dst]
+            .iter()
+            .any(|address| address.is_group() || address.is_martian());
+    let Some(from) = from.filter(|_| !unanswerable) else {
+        return Verdict::Drop(reason);
+    };
+    let own = match ingress {
+        Iface::Uplink => Some(&mut core.uplink_errors),
+        Iface::Client(ClientId(id)) => core.registry.vif_mut(id).map(|vif| &mut vif.errors),
+    };
+    let Some(own) = own else {
+        return Verdict::Drop(reason);
+    };
+    if !limiter::allowed(own, &mut core.all_errors, core.icmp_rate, now) {
+        core.counters.icmp_errors_limited = core.counters.icmp_errors_limited.wrapping_add(1);
+        return Verdict::Reject(reason);
+    }
+    if send(core, frame, packet, ingress, complaint, from) {
+        core.counters.icmp_errors_sent = core.counters.icmp_errors_sent.wrapping_add(1);
+    }
+    Verdict::Reject(reason)
+}
+
+fn send<A: Local>(
+    core: &mut Core,
+    frame: &Frame<'_>,
+    packet: &Packet<A>,
+    egress: Iface,
+    complaint: Complaint,
+    from: A,
+) -> bool {
+    let Some((link, _)) = core.exit(egress) else {
+        return false;
+    };
+    let longest = match A::FAMILY {
+        Family::Ipv4 => MAX_ERROR4,
+        Family::Ipv6 => MAX_ERROR6,
+    };
+    let total_len = usize::try_from(packet.network.total_len).unwrap_or(0);
+    let quoted = frame.head.get(ethernet::HEADER..).unwrap_or_default();
+    let quote_len = (longest - A::HEADER_LEN - ICMP_HEADER)
+        .min(total_len)
+        .min(quoted.len());
+    let quoted = quoted.get(..quote_len).unwrap_or_default();
+    let payload = u16::try_from(quote_len + ICMP_HEADER).unwrap_or(u16::MAX);
+    let (icmp_type, code, rest) = complaint.message(A::FAMILY);
+    let to = packet.network.src;
+    let blank = (frame.checksum == Checksum::Blank).then(|| complete_field(frame, packet));
+    let len = ethernet::HEADER + A::HEADER_LEN + ICMP_HEADER + quote_len;
+    core.emit(egress, len, |bytes| {
+        let Some((header, bytes)) = bytes.split_first_chunk_mut::<{ ethernet::HEADER }>() else {
+            return;
+        };
+        ethernet::set_addresses(header, &link);
+        let [high, low] = A::ETHERTYPE.to_be_bytes();
+        header[12] = high;
+        header[13] = low;
+        A::write_header(bytes, from, to, A::ICMP, payload, 64);
+        let Some((_, message)) = bytes.split_at_mut_checked(A::HEADER_LEN) else {
+            return;
+        };
+        let [a, b, c, d] = rest.to_be_bytes();
+        for (to, from) in message
+            .iter_mut()
+            .zip([icmp_type, code, 0, 0, a, b, c, d].iter().chain(quoted))
+        {
+            *to = *from;
+        }
+        if let Some(quote) = message.get_mut(ICMP_HEADER..) {
+            if complaint == Complaint::Prohibited {
+                count_down::<A>(quote);
+            }
+            if let Some((at, field)) = blank.flatten() {
+                put_u16(quote, at, field);
+            }
+        }
+        let pseudo = match A::FAMILY {
+            Family::Ipv4 => 0,
+            Family::Ipv6 => transport::pseudo_sum(from, to, A::ICMP, u32::from(payload)),
+        };
+        put_u16(
+            message,
+            2,
+            checksum::field(checksum::add_bytes(pseudo, message)),
+        );
+    })
+}
+
+/// Counts the quoted time to live down, as a packet that was about to be forwarded has it.
+fn count_down<A: Local>(quote: &mut [u8]) {
+    match A::FAMILY {
+        Family::Ipv4 => {
+            if let Some(ttl) = quote.get_mut(8) {
+                *ttl = ttl.wrapping_sub(1);
+            }
+            if let Some(field) = get_u16(quote, 10) {
+                put_u16(quote, 10, checksum::apply(field, crate::address::TTL_DELTA));
+            }
+        }
+        Family::Ipv6 => {
+            if let Some(hops) = quote.get_mut(7) {
+                *hops = hops.wrapping_sub(1);
+            }
+        }
+    }
+}
+
+/// Where the transport checksum of a packet without one is, counted from the IP header, and what it
+/// should be; zero if not all of the packet is at hand.
+fn complete_field<A: Local>(frame: &Frame<'_>, packet: &Packet<A>) -> Option<(usize, u16)> {
+    let network = &packet.network;
+    let within = transport::checksum_offset(A::FAMILY, network.protocol)?;
+    let at = usize::from(network.header_len) + within;
+    let start = ethernet::HEADER + usize::from(network.header_len);
+    let end = start.checked_add(usize::try_from(network.transport_len()).ok()?)?;
+    let Some(bytes) = frame.head.get(start..end) else {
+        return Some((at, 0));
+    };
+    let old = get_u16(bytes, within)?;
+    let pseudo = transport::pseudo_sum(
+        network.src,
+        network.dst,
+        network.protocol,
+        network.transport_len(),
+    );
+    // Take what stands in the field out of the sum.
+    let sum = checksum::add_bytes(pseudo + u64::from(!old), bytes);
+    Some((
+        at,
+        match checksum::field(sum) {
+            // Zero would say that there is no checksum.
+            0 if network.protocol == protocol::UDP => 0xffff,
+            field => field,
+        },
+    ))
+}
+
+/// Completes the transport checksum of a frame that is wholly in its head.
+pub(crate) fn complete<A: Local>(frame: &mut Frame<'_>, packet: &Packet<A>) {
+    if frame.checksum != Checksum::Blank {
+        return;
+    }
+    if let Some((at, field)) = complete_field(frame, packet) {
+        put_u16(frame.head, at + ethernet::HEADER, field);
+        frame.checksum = Checksum::Validated;
+    }
+}

@@ -1,0 +1,600 @@
+//! The packet engine: one frame in, one verdict out.
+//!
+//! [`Engine::process`] rewrites the frame in place. The stages are the decision tables of
+//! `qubes-policy.md` 3.2, and each file names the rows that it decides:
+//!
+//! | rows | what | where |
+//! | --- | --- | --- |
+//! | A1 to A10, B1, B2, B4 | frame, headers, fragments, source, flow | this file |
+//! | A16 to A19, A23, A24, B5 | packets of a flow | `forward.rs` |
+//! | A11 to A24 | packets of a client without a flow | `client.rs` |
+//! | B3 to B8 | packets of the uplink without a flow | `uplink.rs` |
+//! | C, D, A2, A8 | packets for us, ARP, neighbour discovery | `local.rs` |
+//! | B5, RELATED | ICMP errors about a flow | `related.rs` |
+//!
+//! # Intended differences from Linux
+//!
+//! Besides the deviations D1 to D16 of the specification:
+//!
+//! * The checksum of a transport is verified only when a packet may start a flow or is a TCP control
+//!   segment, an ICMP error or for us, and only if nobody vouches for it and all of it is at hand.
+//!   Data of a running flow is never summed; a wrong checksum stays wrong and the receiver drops it.
+//! * TCP retransmissions are not counted, so they do not shorten a flow's timeout.
+//! * IPv6 packets with a routing header that has hops to go are dropped, like IPv4 source routes.
+//! * ICMPv6 messages of neighbour discovery are never forwarded.
+//! * Fragments larger than the frame's head are dropped.
+//! * A flow ends at its timeout to within about a quarter of a second.
+//! * SCTP, UDP-Lite and DCCP are tracked by address pair like any other protocol.
+
+mod client;
+mod complain;
+mod control;
+mod core;
+mod fake;
+mod forward;
+mod fragmenting;
+mod local;
+mod related;
+mod uplink;
+
+use ::core::net::IpAddr;
+
+use self::core::{Core, Local, Packet};
+use crate::address::{Address, V4, V6};
+use crate::config::Limits;
+use crate::conntrack::flow::{Key, Ticks, is_trackable};
+use crate::conntrack::table::FlowTable;
+use crate::conntrack::tcp::Segment;
+use crate::fragment::{Added, Complete, Reassembly};
+use crate::frame::{Checksum, ClientId, Frame, GsoFamily, Iface, Time};
+use crate::hash::HashKey;
+use crate::outbox::Generated;
+use crate::registry::max_sources;
+use crate::rule::Family;
+use crate::verdict::{DropReason, Verdict};
+use crate::wire::ethernet::{self, Audience};
+use crate::wire::ipv4::Network;
+use crate::wire::transport::{self, Kind};
+use crate::wire::{ipv4, ipv6};
+use forward::Passage;
+
+/// Segments of a frame with less payload than this could not be told from an attack
+/// (`xen-netif.md` 6.3).
+const MIN_MSS: u16 = 88;
+
+/// One frame of a batch.
+#[derive(Debug)]
+pub struct Work<'a> {
+    /// Where the frame came from.
+    pub ingress: Iface,
+    /// The frame.
+    pub frame: Frame<'a>,
+    /// What became of it; set by [`Engine::process_batch`].
+    pub verdict: Verdict,
+}
+
+/// The packet engine.
+#[derive(Debug)]
+pub struct Engine {
+    limits: Limits,
+    core: Core,
+    flows4: FlowTable<V4>,
+    flows6: FlowTable<V6>,
+    fragments: Reassembly,
+}
+
+/// What is known about a frame before its packet is read.
+#[derive(Clone, Copy)]
+struct Arrival {
+    ingress: Iface,
+    group_frame: bool,
+    largest_fragment: Option<u16>,
+    now: Time,
+}
+
+impl Engine {
+    /// Makes an engine without uplink, clients or rules. All tables of the data path are allocated
+    /// here. `seed` must be unpredictable to clients: hash keys and port choice come from it.
+    pub fn new(limits: Limits, seed: [u8; 32]) -> Self {
+        let words = seed.as_chunks::<8>().0;
+        let word = |at: usize| words.get(at).map_or(0, |own| u64::from_le_bytes(*own));
+        let master = HashKey::new(word(0), word(1));
+        let derive = |number: u64| {
+            let half = |part: u64| master.hash([word(2), word(3), number, part], 32 << 56);
+            HashKey::new(half(0), half(1))
+        };
+        let owners = max_sources(limits.clients);
+        Self {
+            limits,
+            core: Core::new(&limits, derive(0)),
+            flows4: FlowTable::new(limits.flows4, owners, derive(1), derive(2)),
+            flows6: FlowTable::new(limits.flows6, owners, derive(3), derive(4)),
+            fragments: Reassembly::new(limits.fragment_bytes, limits.clients),
+        }
+    }
+
+    /// The sizes that the engine was made with.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Decides one frame and rewrites it.
+    #[inline]
+    pub fn process(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
+        let verdict = match ingress {
+            Iface::Client(id) => self.client_frame(id, frame, now),
+            Iface::Uplink => self.uplink_frame(frame, now),
+        };
+        self.account(ingress, frame.len, verdict);
+        verdict
+    }
+
+    /// Decides a batch of frames, in order, as [`Self::process`] would.
+    pub fn process_batch(&mut self, work: &mut [Work<'_>], now: Time) {
+        for item in work {
+            item.verdict = self.process(item.ingress, &mut item.frame, now);
+        }
+    }
+
+    /// A1 to A3.
+    #[inline(always)]
+    fn client_frame(&mut self, id: ClientId, frame: &mut Frame<'_>, now: Time) -> Verdict {
+        let ingress = Iface::Client(id);
+        let Some(vif) = self.core.registry.vif(id.0) else {
+            return Verdict::Drop(DropReason::UnknownClient);
+        };
+        let fake = vif.fake.is_some();
+        let Some(header) = frame.head.first_chunk::<{ ethernet::HEADER }>() else {
+            return Verdict::Drop(DropReason::MalformedFrame);
+        };
+        let audience = ethernet::audience(header, &ethernet::OWN_CLIENT_SIDE);
+        if audience == Audience::Other {
+            return Verdict::Drop(DropReason::ForeignMac);
+        }
+        let arrival = Arrival {
+            ingress,
+            group_frame: audience == Audience::Group,
+            largest_fragment: None,
+            now,
+        };
+        match ethernet::ethertype(header) {
+            ethernet::TYPE_IPV4 if fake => self.fake_client_packet(frame, arrival),
+            ethernet::TYPE_IPV4 => self.packet4(frame, arrival),
+            ethernet::TYPE_IPV6 if fake => Verdict::Drop(DropReason::SpoofedSource),
+            ethernet::TYPE_IPV6 => self.packet6(frame, arrival),
+            ethernet::TYPE_ARP => local::arp(&mut self.core, ingress, frame),
+            _ => Verdict::Drop(DropReason::NotIp),
+        }
+    }
+
+    /// A4: the client believes in another address.
+    #[cold]
+    fn fake_client_packet(&mut self, frame: &mut Frame<'_>, arrival: Arrival) -> Verdict {
+        let parsed = match ipv4::parse(frame.head, frame.len) {
+            Ok(parts) => parts.network,
+            Err(reason) => return Verdict::Drop(reason),
+        };
+        match self.core.vif_of(arrival.ingress).and_then(|vif| vif.fake) {
+            Some(fake) if parsed.src == fake.visible => {
+                fake::to_real(frame.head, frame.checksum, &fake);
+                self.packet4(frame, arrival)
+            }
+            _ => Verdict::Drop(DropReason::SpoofedSource),
+        }
+    }
+
+    /// B1, B2.
+    #[inline(always)]
+    fn uplink_frame(&mut self, frame: &mut Frame<'_>, now: Time) -> Verdict {
+        let Some(uplink) = &self.core.uplink else {
+            return Verdict::Drop(DropReason::UplinkAbsent);
+        };
+        let Some(header) = frame.head.first_chunk::<{ ethernet::HEADER }>() else {
+            return Verdict::Drop(DropReason::MalformedFrame);
+        };
+        let audience = ethernet::audience(header, &uplink.config.mac);
+        if audience == Audience::Other {
+            return Verdict::Drop(DropReason::ForeignMac);
+        }
+        let arrival = Arrival {
+            ingress: Iface::Uplink,
+            group_frame: audience == Audience::Group,
+            largest_fragment: None,
+            now,
+        };
+        match ethernet::ethertype(header) {
+            ethernet::TYPE_IPV4 => self.packet4(frame, arrival),
+            ethernet::TYPE_IPV6 => self.packet6(frame, arrival),
+            ethernet::TYPE_ARP => local::arp(&mut self.core, Iface::Uplink, frame),
+            _ => Verdict::Drop(DropReason::NotIp),
+        }
+    }
+
+    /// A5 for IPv4, then everything else.
+    #[inline(always)]
+    fn packet4(&mut self, frame: &mut Frame<'_>, arrival: Arrival) -> Verdict {
+        let parts = match ipv4::parse(frame.head, frame.len) {
+            Ok(parts) => parts,
+            Err(reason) => return Verdict::Drop(reason),
+        };
+        let network = parts.network;
+        if network.fragment.is_some() {
+            return self.fragment(frame, &network, arrival);
+        }
+        let transport = transport::parse(&network, parts.transport);
+        frame.len = network.total_len + 14;
+        packet(
+            &mut self.core,
+            &mut self.flows4,
+            frame,
+            network,
+            transport,
+            arrival,
+        )
+    }
+
+    /// A5 for IPv6, A8, then everything else.
+    #[inline(never)]
+    fn packet6(&mut self, frame: &mut Frame<'_>, arrival: Arrival) -> Verdict {
+        let parts = match ipv6::parse(frame.head, frame.len) {
+            Ok(parts) => parts,
+            Err(reason) => return Verdict::Drop(reason),
+        };
+        let network = parts.network;
+        if network.fragment.is_some() {
+            return self.fragment(frame, &network, arrival);
+        }
+        let transport = transport::parse(&network, parts.transport);
+        frame.len = network.total_len + 14;
+        if let Ok(transport) = transport
+            && transport.kind == Kind::OtherIcmp
+            && let Some(verdict) = self.neighbour(frame, network, transport, arrival)
+        {
+            return verdict;
+        }
+        packet(
+            &mut self.core,
+            &mut self.flows6,
+            frame,
+            network,
+            transport,
+            arrival,
+        )
+    }
+
+    /// A8 and B1: neighbour discovery, if it comes from an address that may.
+    #[cold]
+    fn neighbour(
+        &mut self,
+        frame: &Frame<'_>,
+        network: Network<V6>,
+        transport: transport::Transport,
+        arrival: Arrival,
+    ) -> Option<Verdict> {
+        let packet = arrival.packet(network, transport);
+        match self.core.vif_of(arrival.ingress) {
+            Some(vif) if vif.addresses6.source(network.src).is_none() => {
+                let (core, ingress) = (&mut self.core, arrival.ingress);
+                Some(local::unassigned_source(core, ingress, frame, &packet))
+            }
+            Some(_) if V6::gateway(&self.core).is_none() => {
+                Some(Verdict::Drop(DropReason::Ipv6Off))
+            }
+            None if uplink::bad_source(&self.core, network.src).is_some() => {
+                Some(Verdict::Drop(DropReason::GuardedSource))
+            }
+            _ => local::neighbour(&mut self.core, arrival.ingress, frame, &packet),
+        }
+    }
+
+    /// A6, B4: keeps a fragment; the last one that was missing lets the datagram go on.
+    #[cold]
+    #[inline(never)]
+    fn fragment<A: Local>(
+        &mut self,
+        frame: &Frame<'_>,
+        network: &Network<A>,
+        arrival: Arrival,
+    ) -> Verdict {
+        if let Some(reason) = refused_source(&self.core, arrival.ingress, network.src) {
+            return Verdict::Drop(reason);
+        }
+        if frame.gso.is_some() || frame.checksum == Checksum::Blank {
+            return Verdict::Drop(DropReason::BlankChecksumUnusable);
+        }
+        if network.source_routed {
+            return Verdict::Drop(DropReason::SourceRouted);
+        }
+        let (Some(fragment), None) = (network.fragment, arrival.largest_fragment) else {
+            return Verdict::Drop(DropReason::FragmentMalformed);
+        };
+        let (head, now) = (&*frame.head, arrival.now);
+        let added = self
+            .fragments
+            .add(arrival.ingress, head, network, fragment, now);
+        let abandoned = ::core::mem::take(&mut self.fragments.abandoned);
+        let counters = &mut self.core.counters;
+        counters.datagrams_abandoned = counters.datagrams_abandoned.wrapping_add(abandoned);
+        match added {
+            Added::Held => {
+                counters.fragments_held = counters.fragments_held.wrapping_add(1);
+                Verdict::Held
+            }
+            Added::Refused(reason) => Verdict::Drop(reason),
+            Added::Complete(complete) => {
+                counters.datagrams_reassembled = counters.datagrams_reassembled.wrapping_add(1);
+                self.whole_datagram::<A>(complete, arrival)
+            }
+        }
+    }
+
+    /// Decides a datagram that was put together.
+    fn whole_datagram<A: Local>(&mut self, complete: Complete, arrival: Arrival) -> Verdict {
+        let mut buffer = ::core::mem::take(&mut self.fragments.buffer);
+        let arrival = Arrival {
+            largest_fragment: Some(complete.largest),
+            ..arrival
+        };
+        let verdict = match buffer.get_mut(..complete.len) {
+            Some(head) => {
+                let mut frame = Frame::whole(head);
+                match A::FAMILY {
+                    Family::Ipv4 => self.packet4(&mut frame, arrival),
+                    Family::Ipv6 => self.packet6(&mut frame, arrival),
+                }
+            }
+            None => Verdict::Drop(DropReason::FragmentMalformed),
+        };
+        self.fragments.buffer = buffer;
+        verdict
+    }
+
+    /// Counts a verdict.
+    #[inline(always)]
+    fn account(&mut self, ingress: Iface, frame_len: u32, verdict: Verdict) {
+        let bytes = u64::from(frame_len).saturating_sub(14);
+        let core = &mut self.core;
+        match verdict {
+            Verdict::Forward { egress } | Verdict::Replaced { egress } => match (ingress, egress) {
+                (Iface::Client(ClientId(id)), _) => {
+                    core.counters.forwarded_up = core.counters.forwarded_up.wrapping_add(1);
+                    core.counters.forwarded_up_bytes =
+                        core.counters.forwarded_up_bytes.wrapping_add(bytes);
+                    if let Some(vif) = core.registry.vif_mut(id) {
+                        vif.frames_up = vif.frames_up.wrapping_add(1);
+                        vif.bytes_up = vif.bytes_up.wrapping_add(bytes);
+                    }
+                }
+                (Iface::Uplink, Iface::Client(ClientId(id))) => {
+                    core.counters.forwarded_down = core.counters.forwarded_down.wrapping_add(1);
+                    core.counters.forwarded_down_bytes =
+                        core.counters.forwarded_down_bytes.wrapping_add(bytes);
+                    if let Some(vif) = core.registry.vif_mut(id) {
+                        vif.frames_down = vif.frames_down.wrapping_add(1);
+                        vif.bytes_down = vif.bytes_down.wrapping_add(bytes);
+                    }
+                }
+                (Iface::Uplink, Iface::Uplink) => {}
+            },
+            Verdict::Drop(reason) => core.count_drop(ingress, reason),
+            Verdict::Reject(reason) => {
+                core.counters.rejected = core.counters.rejected.wrapping_add(1);
+                core.count_drop(ingress, reason);
+            }
+            Verdict::Local | Verdict::Deliver => {
+                core.counters.local = core.counters.local.wrapping_add(1);
+            }
+            Verdict::Held => {}
+        }
+    }
+
+    /// Takes the oldest frame that the engine made. Call until `None` after every batch and tick.
+    pub fn next_generated(&mut self) -> Option<Generated<'_>> {
+        self.core.outbox.pop()
+    }
+
+    /// Lets time pass: expires flows and fragments, at most `budget` of them. Returns whether there
+    /// is more to do now.
+    pub fn tick(&mut self, now: Time, budget: u32) -> bool {
+        let used = self.fragments.expire(now, budget);
+        let abandoned = ::core::mem::take(&mut self.fragments.abandoned);
+        let counters = &mut self.core.counters;
+        counters.datagrams_abandoned = counters.datagrams_abandoned.wrapping_add(abandoned);
+        let left = expire(
+            &mut self.core,
+            &mut self.flows4,
+            now,
+            budget.saturating_sub(used),
+        );
+        let left = expire(&mut self.core, &mut self.flows6, now, left);
+        left == 0
+    }
+
+    /// When [`Self::tick`] next has something to do; `None` while nothing can expire.
+    pub fn next_deadline(&self, now: Time) -> Option<Time> {
+        let flows = [self.flows4.next_deadline(), self.flows6.next_deadline()];
+        let flows = flows.into_iter().flatten().map(|ticks| ticks.to_time(now));
+        flows.chain(self.fragments.next_deadline()).min()
+    }
+}
+
+impl Arrival {
+    #[inline(always)]
+    const fn packet<A: Copy>(
+        &self,
+        network: Network<A>,
+        transport: transport::Transport,
+    ) -> Packet<A> {
+        Packet {
+            network,
+            transport,
+            largest_fragment: self.largest_fragment,
+            group_frame: self.group_frame,
+        }
+    }
+}
+
+impl Core {
+    #[cold]
+    fn count_drop(&mut self, ingress: Iface, reason: DropReason) {
+        self.counters.dropped = self.counters.dropped.wrapping_add(1);
+        self.drops.add(reason);
+        if let Iface::Client(ClientId(id)) = ingress
+            && let Some(vif) = self.registry.vif_mut(id)
+        {
+            vif.drops.add(reason);
+        }
+    }
+}
+
+/// A7 and B3, for packets that are not looked up yet.
+#[cold]
+fn refused_source<A: Local>(core: &Core, ingress: Iface, src: A) -> Option<DropReason> {
+    match core.vif_of(ingress) {
+        Some(vif) if A::list(vif).source(src).is_none() => Some(DropReason::SpoofedSource),
+        Some(_) if A::FAMILY == Family::Ipv6 && A::gateway(core).is_none() => {
+            Some(DropReason::Ipv6Off)
+        }
+        Some(_) => None,
+        None => uplink::bad_source(core, src),
+    }
+}
+
+/// A7 to A10 and B4: where the packet comes from, and whether it has a flow.
+#[inline(always)]
+fn packet<A: Local>(
+    core: &mut Core,
+    table: &mut FlowTable<A>,
+    frame: &mut Frame<'_>,
+    network: Network<A>,
+    transport: Result<transport::Transport, DropReason>,
+    arrival: Arrival,
+) -> Verdict {
+    let ingress = arrival.ingress;
+    let reply = ingress == Iface::Uplink;
+    let mut source = 0;
+    if let Iface::Client(ClientId(id)) = ingress {
+        // A7
+        let list = core.registry.vif(id).map(A::list);
+        match list.and_then(|list| list.source(network.src)) {
+            Some(number) => source = number,
+            None => return Verdict::Drop(DropReason::SpoofedSource),
+        }
+        // A9
+        if A::FAMILY == Family::Ipv6 && core.downstream.gateway6.is_none() {
+            return Verdict::Drop(DropReason::Ipv6Off);
+        }
+    }
+    let transport = match transport {
+        Ok(transport) => transport,
+        Err(reason) => return Verdict::Drop(reason),
+    };
+    let packet = arrival.packet(network, transport);
+    if (frame.gso.is_some() || frame.checksum == Checksum::Blank)
+        && let Err(reason) = check_offload(core, frame, &packet)
+    {
+        return Verdict::Drop(reason);
+    }
+    if A::FAMILY == Family::Ipv6 && transport.kind == Kind::Udp && lacks_checksum(frame, &packet) {
+        return Verdict::Drop(DropReason::BadChecksum);
+    }
+    // A10
+    if is_trackable(transport.kind, reply) && !arrival.group_frame && !network.source_routed {
+        let key = Key {
+            src: network.src,
+            dst: network.dst,
+            ports: transport.ports,
+            protocol: network.protocol,
+        };
+        if let Some(number) = table.find(&key, reply) {
+            let now = arrival.now;
+            match forward::follow(core, table, number, ingress, frame, &packet, now) {
+                Passage::Decided(verdict) => return verdict,
+                Passage::NoFlow => {}
+            }
+        }
+    }
+    if reply {
+        uplink::without_flow(core, table, frame, &packet, arrival.now)
+    } else {
+        client::without_flow(core, table, source, ingress, frame, &packet, arrival.now)
+    }
+}
+
+/// UDP over IPv6 must have a checksum (RFC 8200 8.1).
+fn lacks_checksum<A: Address>(frame: &Frame<'_>, packet: &Packet<A>) -> bool {
+    let at = ethernet::HEADER + usize::from(packet.network.header_len) + 6;
+    frame.checksum != Checksum::Blank && crate::wire::get_u16(frame.head, at) == Some(0)
+}
+
+/// What offload a frame may ask for (`xen-netif.md` 6.1, 6.3).
+#[inline(never)]
+fn check_offload<A: Address>(
+    core: &mut Core,
+    frame: &mut Frame<'_>,
+    packet: &Packet<A>,
+) -> Result<(), DropReason> {
+    let kind = packet.transport.kind;
+    if frame.checksum == Checksum::Blank && !matches!(kind, Kind::Tcp | Kind::Udp) {
+        return Err(DropReason::BlankChecksumUnusable);
+    }
+    let Some(gso) = frame.gso else { return Ok(()) };
+    let family = match gso.family {
+        GsoFamily::V4 => Family::Ipv4,
+        GsoFamily::V6 => Family::Ipv6,
+    };
+    let start = ethernet::HEADER + usize::from(packet.network.header_len);
+    let header = frame.head.get(start..).and_then(<[u8]>::first_chunk::<20>);
+    let Some(header) = header.filter(|_| kind == Kind::Tcp && family == A::FAMILY) else {
+        return Err(DropReason::GsoUnusable);
+    };
+    let len = packet.network.transport_len();
+    let payload = len.saturating_sub(u32::from(header[12] >> 4) * 4);
+    if gso.mss < MIN_MSS || Segment::new(header, len).is_unfit_for_gso() {
+        return Err(DropReason::GsoUnusable);
+    }
+    if frame.checksum != Checksum::Blank {
+        frame.checksum = Checksum::Blank;
+        core.counters.gso_without_blank = core.counters.gso_without_blank.wrapping_add(1);
+    }
+    if payload <= u32::from(gso.mss) {
+        frame.gso = None;
+    }
+    Ok(())
+}
+
+/// Expires flows of one table; returns what is left of the budget.
+fn expire<A: Local>(core: &mut Core, table: &mut FlowTable<A>, now: Time, mut budget: u32) -> u32 {
+    let ticks = Ticks::at(now);
+    while budget > 0 {
+        let Some(number) = table.next_due(ticks) else {
+            return budget;
+        };
+        budget -= 1;
+        let Some(flow) = table.get(number) else {
+            continue;
+        };
+        let counters = &mut core.counters;
+        if flow.is_overdue(ticks) {
+            counters.flows_expired = counters.flows_expired.wrapping_add(1);
+            table.remove(number);
+            continue;
+        }
+        let epoch = core.registry.source(flow.owner).map(|source| source.epoch);
+        if epoch != Some(flow.epoch) && !forward::still_allowed(core, table, number) {
+            core.counters.flows_cut = core.counters.flows_cut.wrapping_add(1);
+            table.remove(number);
+            continue;
+        }
+        table.keep(number, ticks);
+    }
+    0
+}
+
+/// The family of an address.
+const fn family_of(address: IpAddr) -> Family {
+    match address {
+        IpAddr::V4(_) => Family::Ipv4,
+        IpAddr::V6(_) => Family::Ipv6,
+    }
+}

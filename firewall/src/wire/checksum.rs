@@ -1,0 +1,124 @@
+//! The Internet checksum: sums, incremental updates, verification.
+//!
+//! A *sum* is a ones' complement sum that is not folded yet; a *field* is what stands in a header,
+//! folded and inverted. Updates follow RFC 1624 equation 3, which never turns a right field into a
+//! wrong one and leaves a wrong one wrong.
+//!
+//! Source: RFC 1071, RFC 1624.
+
+use super::{low16, low32};
+
+/// Folds a sum to sixteen bits. Zero only for a sum of nothing but zeroes.
+#[inline]
+pub(crate) const fn fold(sum: u64) -> u16 {
+    let sum = (sum >> 32) + (sum & 0xffff_ffff);
+    let sum = (sum >> 16) + (sum & 0xffff);
+    let sum = (sum >> 16) + (sum & 0xffff);
+    let sum = (sum >> 16) + (sum & 0xffff);
+    low16(low32(sum))
+}
+
+/// Adds `bytes` to a sum; an odd last byte counts as the high half of a word.
+pub(crate) fn add_bytes(mut sum: u64, bytes: &[u8]) -> u64 {
+    let (words, rest) = bytes.as_chunks::<4>();
+    for word in words {
+        // Cannot overflow: a frame has far fewer than 2^32 words.
+        sum = sum.wrapping_add(u64::from(u32::from_be_bytes(*word)));
+    }
+    let mut last = [0; 4];
+    for (to, from) in last.iter_mut().zip(rest) {
+        *to = *from;
+    }
+    sum.wrapping_add(u64::from(u32::from_be_bytes(last)))
+}
+
+/// The field for a sum.
+#[inline]
+pub(crate) const fn field(sum: u64) -> u16 {
+    !fold(sum)
+}
+
+/// The change of a sum when words that sum to `old` become words that sum to `new`. Never zero.
+#[inline]
+pub(crate) const fn delta(old: u64, new: u64) -> u16 {
+    // `!fold(old) + fold(new)` is zero only for old = 0xffff, new = 0.
+    let change = fold(!fold(old) as u64 + fold(new) as u64);
+    if change == 0 { 0xffff } else { change }
+}
+
+/// The change of a sum when both changes happen.
+#[inline]
+pub(crate) const fn join(first: u16, second: u16) -> u16 {
+    fold(first as u64 + second as u64)
+}
+
+/// A field after a change of the sum.
+#[inline]
+pub(crate) const fn apply(field: u16, delta: u16) -> u16 {
+    let sum = !field as u32 + delta as u32;
+    let sum = (sum >> 16) + (sum & 0xffff);
+    !low16(sum)
+}
+
+/// Whether a header of twenty bytes with its field in place sums to all ones.
+#[inline]
+pub(crate) fn header_is_right(header: &[u8; 20]) -> bool {
+    // A ones' complement sum does not depend on the byte order, all ones looks the same in both.
+    let (words, _) = header.as_chunks::<4>();
+    let mut sum = 0_u64;
+    for word in words {
+        sum += u64::from(u32::from_ne_bytes(*word));
+    }
+    fold(sum) == 0xffff
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// One 16-bit word at a time, with the carry brought round at once.
+    fn slow_sum(bytes: &[u8]) -> u16 {
+        let mut sum = 0_u32;
+        for pair in bytes.chunks(2) {
+            sum += u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
+            if sum > 0xffff {
+                sum -= 0xffff;
+            }
+        }
+        u16::try_from(sum).unwrap()
+    }
+
+    #[test]
+    fn known_header_is_right() {
+        let header = [
+            0x45, 0x00, 0x00, 0x73, 0x00, 0x00, 0x40, 0x00, 0x40, 0x11, 0xb8, 0x61, 0xc0, 0xa8,
+            0x00, 0x01, 0xc0, 0xa8, 0x00, 0xc7,
+        ];
+        assert!(header_is_right(&header));
+        assert_eq!(fold(add_bytes(0, &header)), 0xffff);
+    }
+
+    proptest! {
+        #[test]
+        fn sums_agree(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert_eq!(fold(add_bytes(0, &bytes)), slow_sum(&bytes));
+        }
+
+        #[test]
+        fn incremental_update_equals_full_computation(
+            words in prop::collection::vec(any::<u16>(), 1..20), position in any::<prop::sample::Index>(), new in any::<u16>()
+        ) {
+            let total = |words: &[u16]| words.iter().map(|w| u64::from(*w)).sum::<u64>();
+            let old_field = field(total(&words));
+            let mut changed = words.clone();
+            let at = position.index(words.len());
+            let change = delta(u64::from(words[at]), u64::from(new));
+            changed[at] = new;
+            let updated = apply(old_field, change);
+            // All words zero has two right fields.
+            let full = field(total(&changed));
+            prop_assert!(updated == full || (updated ^ full == 0xffff && total(&changed) == 0));
+        }
+    }
+}

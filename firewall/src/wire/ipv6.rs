@@ -1,0 +1,246 @@
+//! IPv6 headers and their extension headers.
+//!
+//! The walk stops after [`MAX_EXTENSIONS`] headers. A chain that makes no sense leaves the packet
+//! *opaque*: no rule can tell what it carries. A routing header that still has hops to go is a source
+//! route.
+//!
+//! Source: RFC 8200, RFC 5095 (routing headers), RFC 6946 (atomic fragments); `qubes-policy.md` D2.
+
+use super::ethernet::HEADER as ETHERNET;
+use super::ipv4::{Fragment, Network, Parts};
+use super::protocol;
+use crate::address::V6;
+use crate::verdict::DropReason;
+
+/// Bytes of the fixed header.
+pub(crate) const HEADER: usize = 40;
+
+/// Most extension headers that are looked behind.
+const MAX_EXTENSIONS: usize = 8;
+
+/// Takes an IPv6 packet apart.
+#[inline(always)]
+pub(crate) fn parse(head: &[u8], frame_len: u32) -> Result<Parts<'_, V6>, DropReason> {
+    let (_, rest) = head
+        .split_first_chunk::<ETHERNET>()
+        .ok_or(DropReason::MalformedFrame)?;
+    let (h, rest) = rest
+        .split_first_chunk::<HEADER>()
+        .ok_or(DropReason::MalformedIpv6)?;
+    let payload_len = u32::from(u16::from_be_bytes([h[4], h[5]]));
+    let total_len = payload_len + 40;
+    if h[0] >> 4 != 6 || total_len > frame_len.saturating_sub(14) {
+        return Err(DropReason::MalformedIpv6);
+    }
+    let word = |at: usize| {
+        let bytes = h.get(at..).and_then(<[u8]>::first_chunk).copied();
+        u64::from_be_bytes(bytes.unwrap_or_default())
+    };
+    let mut network = Network {
+        src: V6(word(8), word(16)),
+        dst: V6(word(24), word(32)),
+        protocol: h[6],
+        ttl: h[7],
+        dont_fragment: true,
+        source_routed: false,
+        opaque: false,
+        header_len: 40,
+        total_len,
+        fragment: None,
+    };
+    let len = usize::try_from(payload_len).unwrap_or(0);
+    let payload = match rest.len() > len {
+        true => rest.get(..len).unwrap_or_default(),
+        false => rest,
+    };
+    let transport = match network.protocol {
+        protocol::TCP | protocol::UDP | protocol::ICMPV6 => payload,
+        _ => {
+            let skip = walk(payload, &mut network)?;
+            payload.get(skip..).ok_or(DropReason::MalformedIpv6)?
+        }
+    };
+    Ok(Parts { transport, network })
+}
+
+/// Walks the extension headers; returns how many bytes they take.
+#[cold]
+fn walk(payload: &[u8], network: &mut Network<V6>) -> Result<usize, DropReason> {
+    let mut at = 0;
+    // Offset of the field that names the header at `at`, from the start of the fixed header.
+    let mut named_at = 6_u16;
+    for _ in 0..MAX_EXTENSIONS {
+        let len = match network.protocol {
+            protocol::HOP_BY_HOP if at != 0 => break,
+            protocol::HOP_BY_HOP | protocol::DESTINATION_OPTIONS | protocol::ROUTING => {
+                let header = first(payload, at)?;
+                if network.protocol == protocol::ROUTING && header[3] != 0 {
+                    network.source_routed = true;
+                }
+                8 + usize::from(header[1]) * 8
+            }
+            protocol::AUTHENTICATION => 8 + usize::from(first(payload, at)?[1]) * 4,
+            protocol::FRAGMENT => {
+                let header = first(payload, at)?;
+                let offset = u16::from_be_bytes([header[2], header[3]]);
+                let id = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+                network.fragment = Some(Fragment {
+                    id,
+                    offset: offset & !7,
+                    more: offset & 1 != 0,
+                    previous_next_header: named_at,
+                });
+                network.protocol = header[0];
+                network.header_len = offset_from_header(at + 8)?;
+                // What follows the header of a later fragment is payload.
+                return Ok(at + 8);
+            }
+            _ => {
+                network.header_len = offset_from_header(at)?;
+                return Ok(at);
+            }
+        };
+        named_at = offset_from_header(at)?;
+        network.protocol = first(payload, at)?[0];
+        at += len;
+        if at > payload.len() {
+            return Err(DropReason::MalformedIpv6);
+        }
+    }
+    network.opaque = true;
+    network.header_len = offset_from_header(at)?;
+    Ok(at)
+}
+
+/// The first eight bytes of the extension header at `at`.
+fn first(payload: &[u8], at: usize) -> Result<&[u8; 8], DropReason> {
+    payload
+        .get(at..)
+        .and_then(<[u8]>::first_chunk)
+        .ok_or(DropReason::MalformedIpv6)
+}
+
+fn offset_from_header(at: usize) -> Result<u16, DropReason> {
+    u16::try_from(at + HEADER).map_err(|_| DropReason::MalformedIpv6)
+}
+
+/// The upper-layer protocol of a packet of which only the start may be there, and the bytes of its
+/// extension headers. `None` if that cannot be told, or for a later fragment.
+pub(crate) fn upper_layer(next: u8, payload: &[u8]) -> Option<(u8, usize)> {
+    let mut number = next;
+    let mut at = 0;
+    for _ in 0..MAX_EXTENSIONS {
+        let len = match number {
+            protocol::HOP_BY_HOP | protocol::DESTINATION_OPTIONS | protocol::ROUTING => {
+                8 + usize::from(first(payload, at).ok()?[1]) * 8
+            }
+            protocol::AUTHENTICATION => 8 + usize::from(first(payload, at).ok()?[1]) * 4,
+            protocol::FRAGMENT => {
+                let header = first(payload, at).ok()?;
+                if u16::from_be_bytes([header[2], header[3]]) & !7 != 0 {
+                    return None;
+                }
+                8
+            }
+            _ => return Some((number, at)),
+        };
+        number = first(payload, at).ok()?[0];
+        at += len;
+    }
+    None
+}
+
+/// Makes a header and writes it to the start of `packet`.
+pub(crate) fn write(
+    packet: &mut [u8],
+    src: V6,
+    dst: V6,
+    next: u8,
+    payload_len: u16,
+    hop_limit: u8,
+) {
+    let [high, low] = payload_len.to_be_bytes();
+    if let Some(start) = packet.first_chunk_mut::<8>() {
+        *start = [0x60, 0, 0, 0, high, low, next, hop_limit];
+    }
+    let octets = src.octets().into_iter().chain(dst.octets());
+    for (to, from) in packet.iter_mut().skip(8).zip(octets) {
+        *to = from;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec::Vec;
+
+    const SRC: V6 = V6(0x2001_0db8 << 32, 1);
+    const DST: V6 = V6(0x2001_0db8 << 32, 2);
+
+    fn network(next: u8, payload: &[u8]) -> Result<Network<V6>, DropReason> {
+        let mut bytes: Vec<u8> = alloc::vec![0; 54];
+        write(
+            &mut bytes[14..],
+            SRC,
+            DST,
+            next,
+            u16::try_from(payload.len()).unwrap(),
+            64,
+        );
+        bytes.extend(payload);
+        let len = u32::try_from(bytes.len()).unwrap();
+        parse(&mut bytes, len).map(|parts| parts.network)
+    }
+
+    #[test]
+    fn upper_layer_is_found_behind_extension_headers() {
+        let payload = [60, 0, 1, 4, 0, 0, 0, 0, 6, 0, 1, 4, 0, 0, 0, 0, 1, 2, 3, 4];
+        let network = network(0, &payload).unwrap();
+        assert_eq!((network.protocol, network.header_len), (6, 56));
+        assert!(!network.opaque && !network.source_routed);
+    }
+
+    #[test]
+    fn routing_header_with_hops_to_go_is_a_source_route() {
+        assert!(
+            network(43, &[6, 0, 0, 1, 0, 0, 0, 0])
+                .unwrap()
+                .source_routed
+        );
+        assert!(
+            !network(43, &[6, 0, 0, 0, 0, 0, 0, 0])
+                .unwrap()
+                .source_routed
+        );
+    }
+
+    #[test]
+    fn endless_chain_is_opaque() {
+        assert!(
+            network(60, &[60, 0, 1, 4, 0, 0, 0, 0].repeat(9))
+                .unwrap()
+                .opaque
+        );
+        let late_hop_by_hop = [0, 0, 1, 4, 0, 0, 0, 0, 6, 0, 1, 4, 0, 0, 0, 0];
+        assert!(network(60, &late_hop_by_hop).unwrap().opaque);
+    }
+
+    #[test]
+    fn extension_header_past_the_packet_is_malformed() {
+        assert!(network(60, &[6, 1, 1, 4, 0, 0, 0, 0]).is_err());
+        assert!(network(60, &[6, 0, 1, 4]).is_err());
+    }
+
+    #[test]
+    fn fragment_header_names_its_part() {
+        let fragment = network(44, &[17, 0, 0x05, 0x79, 0, 0, 0, 9])
+            .unwrap()
+            .fragment
+            .unwrap();
+        assert_eq!(
+            (fragment.id, fragment.offset, fragment.more),
+            (9, 0x578, true)
+        );
+        assert_eq!(fragment.previous_next_header, 6);
+    }
+}

@@ -43,7 +43,7 @@ use crate::clock::{Clock, TimeInfo, wall_clock_base};
 use crate::console::{self, ConsoleRing};
 use crate::copy::CopyBuffer;
 use crate::cpu;
-use crate::discovery::{Discovery, DiscoveryError, discover};
+use crate::discovery::{Discovery, DiscoveryError};
 use crate::entropy::{self, Entropy};
 use crate::grant::GrantTable;
 use crate::hole::{HoleAllocator, HoleFrame};
@@ -130,15 +130,14 @@ impl fmt::Display for BootError {
 }
 
 impl BootContext {
-    /// Finds Xen and brings up shared info, clock, grant table, console and xenstore ring. Needs the heap.
+    /// Brings up shared info, clock, grant table, console and xenstore ring. Needs the heap.
     ///
     /// # Errors
     ///
     /// [`BootError`]; the domain cannot run.
     pub fn new(boot: Boot) -> Result<Self, BootError> {
-        let found = discover(cpu::cpuid).map_err(BootError::Discovery)?;
+        let found = boot.found.map_err(BootError::Discovery)?;
         let domid = found.domid.ok_or(BootError::NoDomId)?;
-        hypercall::select(found.instruction);
         // Attached before the rest, so that it can say what goes wrong there.
         let console = attach_console();
         let (entry_tsc, command_line) = (boot.entry_tsc, boot.command_line());
@@ -147,7 +146,8 @@ impl BootContext {
         let info = TimeInfo::read(guest.shared.page());
         let entry_time = Time(info.at(entry_tsc)).min(guest.now());
         let wall_clock = guest.wall_clock();
-        let nanos = |duration: Option<Duration>| duration.map_or(0, |time| u64::from(time.subsec_nanos()));
+        let nanos =
+            |duration: Option<Duration>| duration.map_or(0, |time| u64::from(time.subsec_nanos()));
         let entropy = entropy::gather(&[entry_tsc, guest.now().0, nanos(wall_clock)]);
         Ok(Self {
             guest,
@@ -265,8 +265,8 @@ impl Guest {
 
     /// Keeps the domain from ever touching more than `bytes` of its RAM, image and heap included.
     ///
-    /// For a domain whose memory map shows more than it has (`maxmem > memory`); `memory/target` in xenstore, times
-    /// 1,024, is the number to give. Call it early: pages once handed out are not taken back.
+    /// What Xen does not back is left out at boot already; this is for a limit that is told otherwise, such as
+    /// `memory/target` in xenstore (times 1,024). Call it early: pages once handed out are not taken back.
     ///
     /// # Errors
     ///
@@ -284,7 +284,7 @@ impl Guest {
         }
     }
 
-    /// RAM of the domain in bytes: what the memory map has, less what [`Guest::limit_memory`] gave up.
+    /// RAM of the domain in bytes: what the memory map has and Xen backs, less what [`Guest::limit_memory`] gave up.
     #[must_use]
     pub const fn ram_bytes(&self) -> u64 {
         self.ram_bytes

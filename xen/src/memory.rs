@@ -3,8 +3,9 @@
 //! The memory map comes from the domain builder in dom0 and is trusted to be true, but its size is bounded and its
 //! arithmetic checked. Everything is pure up to the moment where a region becomes pages.
 //!
-//! The pool touches no page before it is first handed out: with `maxmem > memory` the map shows more RAM than the
-//! domain has, and Xen kills a domain that touches too much of it ([`PagePool::set_aside`]).
+//! With `maxmem > memory` the map shows more RAM than the domain has, and Xen kills a domain that touches too much of it.
+//! Therefore what Xen does not back is left out at boot ([`unbacked_bytes`]), and the pool touches no page before it is
+//! first handed out, so that more can be given up later ([`PagePool::set_aside`]).
 //!
 //! RAM above 4 GiB is not used; page tables end there. Nobody gives a firewall that much.
 
@@ -25,6 +26,9 @@ pub(crate) const ADDRESS_LIMIT: u64 = 1 << 32;
 pub(crate) const LARGE_PAGE: u64 = 2 * 1024 * 1024;
 
 const PAGE: u64 = PAGE_SIZE as u64;
+
+/// More pages than Xen ever counts as a domain's without them being in the memory map (17 were seen).
+const SPECIAL_PAGES: u64 = 32;
 
 /// One entry of the machine's memory map, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -115,6 +119,30 @@ impl Regions {
         self.0.iter().map(Region::len).sum()
     }
 
+    /// Takes up to `bytes`, whole pages, off the end of the last region.
+    pub(crate) fn take_last(&mut self, bytes: u64) -> Option<Region> {
+        let last = self.0.last_mut()?;
+        let start = last.end.saturating_sub(bytes.min(last.len()));
+        let taken = Region::inside(start, last.end)?;
+        last.end = taken.start;
+        if last.len() == 0 {
+            self.0.pop();
+        }
+        Some(taken)
+    }
+
+    /// Leaves out at least `bytes` of RAM, as far as there is so much.
+    pub(crate) fn give_up(&mut self, bytes: u64) {
+        let mut left = bytes
+            .checked_next_multiple_of(PAGE)
+            .unwrap_or(u64::MAX / PAGE * PAGE);
+        while left > 0
+            && let Some(taken) = self.take_last(left)
+        {
+            left = left.saturating_sub(taken.len());
+        }
+    }
+
     /// Takes `len` bytes, rounded up to pages, out of the region that has most room. `None`: no region has enough.
     ///
     /// Starts on a large page when the region has room for that, so that few translations cover it.
@@ -131,6 +159,19 @@ impl Regions {
         self.remove(taken.start, taken.end);
         Some(taken)
     }
+}
+
+/// How much of the RAM in a memory map Xen does not back, in bytes, when it counts `reserved_pages` as the domain's.
+///
+/// That count includes some special pages that are not RAM, so it is larger than the map's for a domain that has all its
+/// RAM, and then nothing is missing.
+pub(crate) const fn unbacked_bytes(ram_bytes: u64, reserved_pages: u64) -> u64 {
+    let ram_pages = ram_bytes / PAGE;
+    if ram_pages <= reserved_pages {
+        return 0;
+    }
+    let backed = reserved_pages.saturating_sub(SPECIAL_PAGES);
+    ram_pages.saturating_sub(backed).saturating_mul(PAGE)
 }
 
 /// Memory that nobody has used yet, for the global allocator.
@@ -197,7 +238,7 @@ impl PagePool {
                 page
             }
             None => {
-                let start = usize::try_from(self.take_untouched(1)?.start).ok()?;
+                let start = usize::try_from(self.untouched.take_last(PAGE)?.start).ok()?;
                 let base = NonNull::new(core::ptr::with_exposed_provenance_mut(start))?;
                 // SAFETY: page aligned, mapped RAM (obligation 1 of `new`), and out of the pool from here on.
                 unsafe { Page::from_raw(base) }
@@ -222,7 +263,8 @@ impl PagePool {
     pub(crate) fn set_aside(&mut self, pages: usize) -> usize {
         let mut left = pages;
         while left > 0 {
-            let Some(taken) = self.take_untouched(left as u64) else {
+            let bytes = (left as u64).saturating_mul(PAGE);
+            let Some(taken) = self.untouched.take_last(bytes) else {
                 break;
             };
             let count = usize::try_from(taken.len() / PAGE).unwrap_or(usize::MAX);
@@ -230,19 +272,6 @@ impl PagePool {
             self.free = self.free.saturating_sub(count);
         }
         pages.saturating_sub(left)
-    }
-
-    /// Takes up to `pages` pages off the end of the last region.
-    fn take_untouched(&mut self, pages: u64) -> Option<Region> {
-        let last = self.untouched.0.last_mut()?;
-        let bytes = pages.saturating_mul(PAGE).min(last.len());
-        let start = last.end.saturating_sub(bytes);
-        let taken = Region::inside(start, last.end)?;
-        last.end = start;
-        if last.len() == 0 {
-            self.untouched.0.pop();
-        }
-        Some(taken)
     }
 }
 
@@ -339,6 +368,23 @@ mod tests {
             map.push(ram((index + 10) * MIB, 4096)).unwrap();
         }
         assert_eq!(Regions::usable(&map, IMAGE).total(), REGIONS as u64 * 4096);
+    }
+
+    #[test]
+    fn ram_that_xen_does_not_back_is_found_and_given_up() {
+        // As seen: memory=16 is 4,096 pages of RAM and 17 special ones; with maxmem=64 the map shows 16,384.
+        assert_eq!(unbacked_bytes(16 * MIB, 4113), 0);
+        assert_eq!(unbacked_bytes(16 * MIB, 4096), 0);
+        let unbacked = unbacked_bytes(64 * MIB, 4113);
+        assert!(((16384 - 4096) * 4096..=(16384 - 4080) * 4096).contains(&unbacked));
+        assert_eq!(unbacked_bytes(64 * MIB, 0), 64 * MIB);
+
+        let mut regions = Regions::usable(&[ram(0, 64 * MIB), ram(70 * MIB, MIB)], IMAGE);
+        let before = regions.total();
+        regions.give_up(48 * MIB + 1);
+        assert_eq!(regions.total(), before - 48 * MIB - 4096);
+        regions.give_up(u64::MAX);
+        assert_eq!(regions.total(), 0);
     }
 
     #[test]

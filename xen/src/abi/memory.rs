@@ -4,6 +4,8 @@
 
 use super::assert_layout;
 
+/// Returns how many pages the domain has. Argument: a domain id (`u16`).
+pub(crate) const XENMEM_CURRENT_RESERVATION: u32 = 3;
 /// Puts a page of Xen's at a guest frame. Argument: [`AddToPhysmap`].
 pub(crate) const XENMEM_ADD_TO_PHYSMAP: u32 = 7;
 /// Space of [`AddToPhysmap`]: the shared info page, index 0.

@@ -54,11 +54,7 @@ pub(super) fn parts() -> [Part; 6] {
     let (guard, exception_guard) = (symbol!(stack_guard), symbol!(exception_stack_guard));
     [
         part(guard, guard + GUARD, Protection::Absent),
-        part(
-            exception_guard,
-            exception_guard + GUARD,
-            Protection::Absent,
-        ),
+        part(exception_guard, exception_guard + GUARD, Protection::Absent),
         part(
             symbol!(sealed_start),
             symbol!(sealed_end),

@@ -25,16 +25,19 @@ mod image;
 #[cfg(not(test))]
 mod traps;
 
-use crate::hole;
-use crate::memory::{HeapMemory, MapEntry, Region, Regions, heap_memory};
+use crate::discovery::{Discovery, DiscoveryError, discover};
+use crate::memory::{HeapMemory, MapEntry, Region, Regions, heap_memory, unbacked_bytes};
+use crate::{cpu, hole, hypercall};
 use start_info::{CommandLine, StartInfo};
 
-/// What a booted image has before it has talked to Xen.
+/// What a booted image has before it has set anything up with Xen.
 #[derive(Debug)]
 pub struct Boot {
     pub(crate) regions: Regions,
-    /// RAM in the memory map, in bytes, whatever occupies it.
+    /// RAM in the memory map that Xen backs, in bytes, whatever occupies it.
     pub(crate) ram_bytes: u64,
+    /// Xen, if it is there. Hypercalls work from here on.
+    pub(crate) found: Result<Discovery, DiscoveryError>,
     /// First frame of the hole for Xen's pages and peers' pages.
     pub(crate) hole: Option<u64>,
     /// The time stamp counter at the first instruction.
@@ -44,7 +47,7 @@ pub struct Boot {
 }
 
 impl Boot {
-    /// Sorts out what memory is whose.
+    /// Finds Xen and sorts out what memory is whose.
     ///
     /// # Safety
     ///
@@ -56,9 +59,21 @@ impl Boot {
         image: Region,
         entry_tsc: u64,
     ) -> Self {
+        let found = discover(cpu::cpuid);
+        let mut regions = Regions::usable(&info.memory_map, image);
+        let mut ram_bytes = ram_bytes(&info.memory_map);
+        if let Ok(found) = &found {
+            hypercall::select(found.instruction);
+            if let Ok(pages) = hypercall::current_reservation() {
+                let unbacked = unbacked_bytes(ram_bytes, pages);
+                regions.give_up(unbacked);
+                ram_bytes = ram_bytes.saturating_sub(unbacked);
+            }
+        }
         Self {
-            regions: Regions::usable(&info.memory_map, image),
-            ram_bytes: ram_bytes(&info.memory_map),
+            regions,
+            ram_bytes,
+            found,
             hole: hole::find(&info.memory_map),
             entry_tsc,
             command_line: command_line.as_str(),
@@ -72,7 +87,7 @@ impl Boot {
         self.command_line
     }
 
-    /// RAM of the domain in bytes, as the memory map has it.
+    /// RAM of the domain in bytes: what the memory map has and Xen backs.
     #[must_use]
     pub const fn ram_bytes(&self) -> u64 {
         self.ram_bytes

@@ -155,7 +155,10 @@ pub(super) unsafe fn install() {
     }
     let [stack_low, stack_high] = {
         let [a, b, c, d, e, f, g, h] = image::exception_stack_top_address().to_le_bytes();
-        [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+        [
+            u32::from_le_bytes([a, b, c, d]),
+            u32::from_le_bytes([e, f, g, h]),
+        ]
     };
     let mut task = [0; 26];
     [task[9], task[10], task[25]] = [stack_low, stack_high, 104 << 16];

@@ -36,6 +36,7 @@
 //! Source: `qubes-policy.md` 4.4; RFC 1035, RFC 5452 (forgery), RFC 7766 (TCP).
 
 mod exchange;
+mod frames;
 mod learn;
 mod message;
 mod name;

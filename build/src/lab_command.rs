@@ -52,6 +52,9 @@ pub struct LabArguments {
     /// Memory of the lab's machine in MiB
     #[arg(long, value_name = "MIB", default_value_t = crate::lab::machine::DEFAULT_MEMORY_MIB, global = true)]
     memory: u32,
+    /// Let guest time follow the instruction count, 2^SHIFT ns each, for measurements
+    #[arg(long, value_name = "SHIFT", value_parser = clap::value_parser!(u8).range(0..=10), global = true)]
+    icount: Option<u8>,
     /// Boot although there is a snapshot, and make none
     #[arg(long, global = true)]
     cold: bool,
@@ -97,7 +100,7 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &LabArguments) -> 
     let base = Base::prepare(workspace, screen, arguments.refresh)?;
     let machine = MachineOptions {
         memory_mib: arguments.memory,
-        ..MachineOptions::default()
+        icount_shift: arguments.icount,
     };
     let lab = LabOptions {
         machine,

@@ -21,6 +21,17 @@ const GUEST_BOOT: Duration = Duration::from_secs(180);
 /// Command line of every Linux guest; `cryptomgr.notests` saves 1.8 s.
 const LINUX_ARGUMENTS: &str = "console=hvc0 rdinit=/init quiet loglevel=3 cryptomgr.notests";
 
+/// What a PVH Linux is told beside that: it looks for hardware that it has not
+/// got, by port reads that each cost an exit. Both halve the CPU time of a boot
+/// under TCG, from 12 to 5 s.
+///
+/// * `clearcpuid=4` (TSC): else the early calibration reads a timer that is not
+///   there 100,000 times. Time comes from Xen either way. The loop count `lpj`
+///   then has to be given, or it is measured for half a second.
+/// * `pci=off`: else the whole configuration space is searched for a graphics
+///   aperture, twice.
+const PVH_ARGUMENTS: &str = "clearcpuid=4 lpj=5000000 pci=off";
+
 /// A network interface of a domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vif {
@@ -111,7 +122,9 @@ impl DomainSpec {
             Boot::Linux { archive, settings } => {
                 set("kernel", quoted("/lab/vmlinux"));
                 set("ramdisk", quoted(archive));
-                set("cmdline", quoted(&format!("{LINUX_ARGUMENTS} {settings}")));
+                let hardware = if pvh_linux { PVH_ARGUMENTS } else { "" };
+                let arguments = format!("{LINUX_ARGUMENTS} {hardware} {settings}");
+                set("cmdline", quoted(&arguments));
             }
         }
         set("memory", self.memory_mib.to_string());

@@ -214,6 +214,7 @@ impl Lab {
             .with_context(|| machine.last_words())?;
         let mut lab = Self::connect(base, options, machine)?;
         lab.dom0.wait_ready(RESTORE, || lab.alive())?;
+        lab.for_each_guest("unpause")?;
         lab.start = Start {
             restored: true,
             time: begun.elapsed(),
@@ -242,6 +243,9 @@ impl Lab {
             layer,
         )?;
         let step = screen.step(format!("Keeping a snapshot ({layer})"));
+        // QEMU refuses to load a machine that was stopped while its CPU ran an
+        // HVM guest ("set in guest-mode inconsistent with nested state").
+        self.for_each_guest("pause")?;
         let mut monitor = self.machine.connect_monitor()?;
         match snapshot::save(&base.workspace, &self.machine, &mut monitor, &place) {
             Ok(()) => step.done(""),
@@ -253,7 +257,16 @@ impl Lab {
             }
         }
         self.dom0
-            .wait_ready(self.patience(RESTORE), || self.alive())
+            .wait_ready(self.patience(RESTORE), || self.alive())?;
+        self.for_each_guest("unpause")
+    }
+
+    /// Has `xl` do something with every domain but dom0.
+    fn for_each_guest(&self, action: &str) -> Result<()> {
+        let each = format!(
+            "xl list | awk 'NR > 2 {{ print $1 }}' | while read -r name; do xl {action} \"$name\" || exit 1; done"
+        );
+        self.dom0.ask(&each, self.patience(RESTORE)).map(drop)
     }
 
     fn connect(base: &Base, options: LabOptions, machine: Machine) -> Result<Self> {

@@ -256,6 +256,11 @@ impl LabWorld {
         Ok(())
     }
 
+    /// Forgets a firewall that has ended by itself.
+    pub fn forget_firewall(&mut self) {
+        self.firewall = None;
+    }
+
     /// The network settings of the image, with the names they have in QubesDB.
     #[must_use]
     pub fn image_settings(&self) -> Vec<(String, String)> {

@@ -1,0 +1,412 @@
+//! `cargo xtask test`: every test, on the host and in the lab, with one summary.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+
+use crate::claims::{self, Claim, NotSo, must};
+use crate::image::{self, Image, Variant};
+use crate::lab::topology::{FirewallKind, Topology};
+use crate::lab::world::{LabWorld, WorldOptions};
+use crate::lab::{Base, LabOptions};
+use crate::observe::snapshot;
+use crate::scenario::{Outcome, Report};
+use crate::screen::Screen;
+use crate::workspace::Workspace;
+
+/// Client qubes in the lab.
+const CLIENTS: u8 = 2;
+
+/// Guest time that the firewall may take from entry to being ready for clients.
+const READY_WITHIN: Duration = Duration::from_millis(50);
+
+/// Memory of the small firewall in MiB.
+const SMALL_MEMORY: u32 = 8;
+
+/// Arguments of `cargo xtask test`.
+#[derive(Debug, Args)]
+pub struct TestArguments {
+    /// Only the tests whose name contains one of these words
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+    /// Only the tests on the host
+    #[arg(long, conflicts_with = "lab")]
+    host: bool,
+    /// Only the tests in the lab
+    #[arg(long)]
+    lab: bool,
+    /// Print one JSON object with the results instead of text
+    #[arg(long)]
+    json: bool,
+    /// Boot Xen although there is a snapshot of the booted lab
+    #[arg(long)]
+    cold: bool,
+}
+
+/// A run of the tests.
+struct Run<'a> {
+    workspace: &'a Workspace,
+    screen: &'a Screen,
+    arguments: &'a TestArguments,
+    report: Report,
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// If this machine lacks something that the tests need.
+pub fn run(workspace: &Workspace, screen: &Screen, arguments: &TestArguments) -> Result<ExitCode> {
+    let begun = Instant::now();
+    let screen = &if arguments.json {
+        screen.silenced()
+    } else {
+        *screen
+    };
+    let mut run = Run {
+        workspace,
+        screen,
+        arguments,
+        report: Report::new(arguments.json),
+    };
+    if !arguments.lab {
+        run.host();
+    }
+    if !arguments.host {
+        run.in_lab();
+    }
+    if run.report.entries().is_empty() {
+        bail!("no test has a name like {:?}", arguments.names);
+    }
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&run.report)?);
+    } else {
+        run.report.print_summary(begun.elapsed());
+    }
+    Ok(if run.report.is_good() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+impl Run<'_> {
+    /// Whether the person asked for the test of this name.
+    fn wants(&self, name: &str) -> bool {
+        let names = &self.arguments.names;
+        names.is_empty() || names.iter().any(|word| name.contains(word.as_str()))
+    }
+
+    // ---- host
+
+    fn host(&mut self) {
+        let root = self.workspace.root().to_owned();
+        if self.wants("format") {
+            self.cargo_component("format", "fmt", &["--all", "--check"]);
+        }
+        if self.wants("lint") {
+            let arguments = ["--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
+            self.cargo_component("lint", "clippy", &arguments);
+        }
+        if self.wants("cargo-test") {
+            let step = self.screen.step("Running the tests of all crates");
+            self.report.check("host", "cargo-test", || {
+                let output = cargo(&root, &["test", "--workspace", "--no-fail-fast", "--quiet"])?;
+                let seen = count_tests(&output.text);
+                must(output.good, || last_lines(&output.text, 60))?;
+                Ok(vec![seen])
+            });
+            step.forget();
+        }
+        if self.wants("image-reproducible") {
+            self.reproducible();
+        }
+    }
+
+    /// Runs a component of the toolchain that may be missing; then the check is skipped.
+    fn cargo_component(&mut self, name: &'static str, component: &str, arguments: &[&str]) {
+        let root = self.workspace.root().to_owned();
+        let present = cargo(&root, &[component, "--version"]).is_ok_and(|output| output.good);
+        if !present {
+            let reason = format!("this toolchain has no cargo {component}");
+            self.report.skip("host", name, &reason);
+            return;
+        }
+        let step = self.screen.step(format!("Running cargo {component}"));
+        self.report.check("host", name, || {
+            let words: Vec<&str> = std::iter::once(component).chain(arguments.iter().copied()).collect();
+            let output = cargo(&root, &words)?;
+            must(output.good, || last_lines(&output.text, 60))?;
+            Ok(Vec::new())
+        });
+        step.forget();
+    }
+
+    /// Builds the image of a copy of this clone in another folder and compares.
+    fn reproducible(&mut self) {
+        let (workspace, screen) = (self.workspace, self.screen);
+        let step = screen.step("Building the image in two folders");
+        self.report.check("host", "image-reproducible", || {
+            let here = image::prepare(workspace, &screen.silenced(), Variant::Normal)?;
+            let there = image::prepare_elsewhere(workspace)?;
+            must(here.sha256 == there, || {
+                format!("{} here, {there} in another folder", here.sha256)
+            })?;
+            Ok(vec![format!("sha256 {there} in both")])
+        });
+        step.forget();
+    }
+
+    // ---- lab
+
+    fn in_lab(&mut self) {
+        let (workspace, screen) = (self.workspace, self.screen);
+        let mut image = None;
+        if self.wants("image") || self.wants_any_claim() {
+            self.report.check("lab", "image", || {
+                let built = image::prepare(workspace, screen, Variant::Normal)?;
+                let line = format!("{} bytes, sha256 {}", built.bytes, built.sha256);
+                image = Some(built);
+                Ok(vec![line])
+            });
+        }
+        let Some(image) = image else { return };
+        let base = match Base::prepare(workspace, screen, false) {
+            Ok(base) => base,
+            Err(error) => {
+                // A machine that could run the lab and does not is an error, never a skip.
+                self.report.add(
+                    "lab",
+                    "prepare",
+                    Outcome::Error(format!("{error:#}")),
+                    Duration::ZERO,
+                    Vec::new(),
+                );
+                return;
+            }
+        };
+        self.usual_world(&base, &image);
+        if self.wants("small") {
+            self.small_world(&base, &image);
+        }
+        if self.wants("panic") {
+            self.crash(&base);
+        }
+    }
+
+    fn wants_any_claim(&self) -> bool {
+        claims::MAIN
+            .iter()
+            .chain(claims::MORE)
+            .any(|claim| self.wants(claim.name))
+            || ["boot", "small", "panic"].iter().any(|name| self.wants(name))
+    }
+
+    fn start(&self, base: &Base, image: &Path, memory: Option<u32>) -> Result<LabWorld> {
+        let mut topology = Topology::new(FirewallKind::Image(image.to_owned()), CLIENTS);
+        if let Some(memory) = memory {
+            topology.firewall.memory_mib = memory;
+        }
+        let options = WorldOptions {
+            lab: LabOptions {
+                cold: self.arguments.cold,
+                ..LabOptions::default()
+            },
+            booted_clients: true,
+        };
+        LabWorld::start(base, self.screen, options, topology)
+    }
+
+    /// Checks all claims in one lab boot.
+    fn usual_world(&mut self, base: &Base, image: &Image) {
+        let wanted: Vec<&Claim> = claims::MAIN
+            .iter()
+            .chain(claims::MORE)
+            .filter(|claim| self.wants(claim.name))
+            .collect();
+        if wanted.is_empty() && !self.wants("boot") {
+            return;
+        }
+        let Some(mut world) = self.boot(base, &image.path, "boot", None) else {
+            for claim in wanted {
+                self.report.skip("lab", claim.name, "the lab did not come up");
+            }
+            return;
+        };
+        for claim in wanted {
+            self.report.claim(self.screen, "lab", &mut world, claim);
+        }
+    }
+
+    /// Checks the main claims with little memory.
+    fn small_world(&mut self, base: &Base, image: &Image) {
+        let Some(mut world) = self.boot(base, &image.path, "small-boot", Some(SMALL_MEMORY)) else {
+            return;
+        };
+        for claim in claims::MAIN {
+            self.report.claim(self.screen, "small", &mut world, claim);
+        }
+    }
+
+    /// Starts a world and checks how long the firewall took to be ready.
+    fn boot(
+        &mut self,
+        base: &Base,
+        image: &Path,
+        name: &str,
+        memory: Option<u32>,
+    ) -> Option<LabWorld> {
+        let started = self.start(base, image, memory);
+        let mut world = None;
+        self.report.check("lab", name, || {
+            let running = world.insert(started?);
+            let seen = snapshot(running)?;
+            let ready = Duration::from_nanos(seen.ready_nanos);
+            let line = format!(
+                "ready for clients {:.1} ms of guest time after entry, {} MiB",
+                ready.as_secs_f64() * 1e3,
+                running.topology().firewall.memory_mib
+            );
+            must(!ready.is_zero() && ready < READY_WITHIN, || line.clone())?;
+            Ok(vec![line])
+        });
+        world
+    }
+
+    /// Has an image crash in every way it can, and reads what it says.
+    fn crash(&mut self, base: &Base) {
+        let (workspace, screen) = (self.workspace, self.screen);
+        let image = match image::prepare(workspace, screen, Variant::CrashCommands) {
+            Ok(image) => image.path,
+            Err(error) => {
+                let outcome = Outcome::Error(format!("{error:#}"));
+                self.report.add("lab", "panic", outcome, Duration::ZERO, Vec::new());
+                return;
+            }
+        };
+        let started = self.start_alone(base, &image);
+        self.report.check("lab", "panic", || {
+            let mut world = started?;
+            crash_and_read(&mut world)
+        });
+    }
+
+    fn start_alone(&self, base: &Base, image: &PathBuf) -> Result<LabWorld> {
+        let topology = Topology::new(FirewallKind::Image(image.clone()), 0);
+        let options = WorldOptions {
+            lab: LabOptions {
+                cold: self.arguments.cold,
+                ..LabOptions::default()
+            },
+            booted_clients: false,
+        };
+        LabWorld::start(base, self.screen, options, topology)
+    }
+}
+
+/// Ways to crash, with what the console must say then.
+const CRASHES: [(&str, &str); 4] = [
+    ("panic", "kernel/src/crash.rs:"),
+    ("null", "page fault"),
+    ("text", "page fault"),
+    ("stack", "page fault"),
+];
+
+fn crash_and_read(world: &mut LabWorld) -> Result<Vec<String>> {
+    let mut seen = Vec::new();
+    for (command, expected) in CRASHES {
+        let firewall = world.firewall()?.clone();
+        let position = firewall.console.send_line(command)?;
+        let patience = world.lab.patience(Duration::from_secs(20));
+        let text = firewall
+            .console
+            .wait_for(position, patience, expected)
+            .map_err(|error| NotSo(format!("{command}: {error:#}")))?;
+        let line = text
+            .lines()
+            .find(|line| line.contains(expected))
+            .context("the line is gone")?;
+        seen.push(format!("{command}: {}", line.trim()));
+        let mut state = None;
+        for _ in 0..50 {
+            state = world.lab.state("fw")?;
+            if state.as_ref().is_some_and(|state| state.contains('c')) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        must(state.as_ref().is_some_and(|state| state.contains('c')), || {
+            format!("{command}: the domain is not crashed but {state:?}")
+        })?;
+        world.stop_firewall()?;
+        world.start_firewall()?;
+    }
+    Ok(seen)
+}
+
+/// What a run of cargo said.
+struct CargoOutput {
+    good: bool,
+    text: String,
+}
+
+/// Runs cargo in the clone.
+fn cargo(root: &Path, arguments: &[&str]) -> Result<CargoOutput> {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(program)
+        .args(arguments)
+        .current_dir(root)
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run cargo {}", arguments.join(" ")))?;
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.push_str(&String::from_utf8_lossy(&output.stderr));
+    Ok(CargoOutput {
+        good: output.status.success(),
+        text,
+    })
+}
+
+/// Adds up the result lines of all test programs.
+fn count_tests(text: &str) -> String {
+    let (mut passed, mut failed, mut ignored, mut programs) = (0u64, 0u64, 0u64, 0u64);
+    for line in text.lines() {
+        let Some(counts) = line.trim().strip_prefix("test result: ") else {
+            continue;
+        };
+        programs += 1;
+        let number = |word: &str| -> u64 {
+            counts
+                .split([';', '.'])
+                .find_map(|part| part.trim().strip_suffix(word)?.trim().parse().ok())
+                .unwrap_or(0)
+        };
+        passed += number("passed");
+        failed += number("failed");
+        ignored += number("ignored");
+    }
+    format!("{passed} tests passed, {failed} failed, {ignored} ignored, in {programs} programs")
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    let from = lines.len().saturating_sub(count);
+    lines.get(from..).unwrap_or_default().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_of_all_test_programs_are_added_up() {
+        let text = "running 2 tests\n..\ntest result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s\n\ntest result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.10s\n";
+        assert_eq!(
+            count_tests(text),
+            "5 tests passed, 1 failed, 1 ignored, in 2 programs"
+        );
+    }
+}

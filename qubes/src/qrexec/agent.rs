@@ -115,6 +115,8 @@ pub struct Agent<C> {
     outgoing: Option<Outgoing<C>>,
     answer: Option<Answer>,
     next_ident: u32,
+    /// A call of ours was begun since the last poll.
+    called: bool,
     counters: Counters,
 }
 
@@ -132,6 +134,7 @@ impl<C: ByteStream> Agent<C> {
             outgoing: None,
             answer: None,
             next_ident: 1,
+            called: false,
             counters: Counters::default(),
         }
     }
@@ -190,7 +193,14 @@ impl<C: ByteStream> Agent<C> {
         let (target, service) = (&request.target, &request.service);
         message::push_trigger(&mut control.send, version, target, service, ident);
         self.outgoing = Some(Outgoing::new(ident, request, now));
+        self.called = true;
         Ok(())
+    }
+
+    /// Whether [`Agent::poll`] should be called before sleeping, because a call was begun since.
+    #[must_use]
+    pub const fn wants_poll(&self) -> bool {
+        self.called
     }
 
     /// How the call that we made ended, once.
@@ -204,6 +214,7 @@ impl<C: ByteStream> Agent<C> {
         N: Channels<Channel = C>,
         H: Host,
     {
+        self.called = false;
         let control = self.poll_control(channels);
         let calls = self.poll_calls(channels, host);
         let outgoing = self.poll_outgoing(channels);
@@ -320,6 +331,8 @@ impl<C: ByteStream> Agent<C> {
                 let cut = usize::try_from(len).is_ok_and(|len| len > body.len());
                 let line = body.get(8..).unwrap_or_default();
                 self.asked(channels.now(), port, kind == Kind::JustExec, line, cut);
+                // At once, so that a burst of calls fills the running places first and the waiting ones then.
+                let _ = self.start_waiting(channels);
             }
             (Kind::ServiceConnect, Some(port)) => {
                 let ident = body.get(8..40).unwrap_or_default();

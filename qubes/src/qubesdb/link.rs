@@ -57,6 +57,12 @@ impl<C: ByteStream> Link<C> {
         self.client.is_ready()
     }
 
+    /// Whether [`Link::poll`] should be called before sleeping, because a key was written since.
+    #[must_use]
+    pub fn wants_poll(&self) -> bool {
+        self.client.wants_poll()
+    }
+
     /// Connects, reads and writes as far as possible. Call it before anything else in each iteration.
     pub fn poll<N>(&mut self, channels: &mut N, sink: &mut impl Sink) -> Activity
     where

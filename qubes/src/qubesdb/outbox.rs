@@ -151,6 +151,16 @@ impl Outbox {
         self.queue.len()
     }
 
+    /// Whether the next operation need not wait for an answer.
+    #[must_use]
+    pub fn can_send(&self) -> bool {
+        match self.queue.get(self.sent) {
+            Some(Operation::Write { .. }) => true,
+            Some(Operation::RemoveBelow(_)) => self.sent == 0,
+            None => false,
+        }
+    }
+
     /// Keys of ours that dom0 is known to hold.
     #[must_use]
     pub fn held(&self) -> usize {

@@ -173,6 +173,16 @@ impl Channel {
             State::Searching(_) => None,
         }
     }
+
+    /// When the channel wants [`Channels::progress`] without an event.
+    #[must_use]
+    pub const fn deadline(&self) -> Option<Time> {
+        match &self.state {
+            // While a read is under way its answer is the next event.
+            State::Searching(search) if search.reading.is_none() => Some(search.look_at),
+            _ => None,
+        }
+    }
 }
 
 impl ByteStream for Channel {
@@ -539,10 +549,6 @@ impl<H: Hypervisor> Channels for XenChannels<'_, H> {
     }
 
     fn deadline(&self, channel: &Channel) -> Option<Time> {
-        match &channel.state {
-            // While a read is under way its answer is the next event.
-            State::Searching(search) if search.reading.is_none() => Some(search.look_at),
-            _ => None,
-        }
+        channel.deadline()
     }
 }

@@ -69,7 +69,10 @@ impl World {
 
 impl FakeDirectory {
     /// Does what a domain's registry asks for, and tells it what happened. Call it in turn for all domains.
-    pub fn serve(&self, own: DomId, registry: &mut Registry) {
+    ///
+    /// Returns whether the registry was told anything.
+    pub fn serve(&self, own: DomId, registry: &mut Registry) -> bool {
+        let mut told = false;
         let mut world = self.world.borrow_mut();
         while let Some(request) = registry.next_request() {
             match request {
@@ -107,6 +110,7 @@ impl FakeDirectory {
                     let node = world.nodes.get(&path).filter(|node| {
                         own == DomId::DOM0 || own == node.owner || own == node.reader
                     });
+                    told = true;
                     registry.answer(token, node.map(|node| node.value.as_bytes()));
                 }
             }
@@ -114,12 +118,14 @@ impl FakeDirectory {
         let mut others = VecDeque::new();
         for (domain, token) in world.fired.drain(..) {
             if domain == own {
+                told = true;
                 registry.fired(token);
             } else {
                 others.push_back((domain, token));
             }
         }
         world.fired = others;
+        told
     }
 
     /// Every node with its value, for comparison.

@@ -1,0 +1,5 @@
+//! The product's QubesDB client and qrexec agent against the double of dom0.
+
+mod over_pipes;
+mod over_xen;
+mod world;

@@ -55,7 +55,6 @@ impl Reload {
             if let Err(error) = self.reader.read(key.as_key(), value) {
                 return ReloadProgress::Failed(error);
             }
-            let key = key.clone();
             self.previous = Some(key);
         }
         ReloadProgress::Working(self)

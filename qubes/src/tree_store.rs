@@ -1,10 +1,12 @@
 //! The raw text of one firewall tree: kept compactly, shared cheaply, dropped quickly.
 //!
-//! A tree may have ten thousand rules. Values lie one after another in a few blocks of memory, so that
-//! throwing a tree away takes microseconds, not milliseconds, and packets do not wait for it.
+//! A tree may have ten thousand rules. Values lie one after another in a few blocks of memory and rules
+//! in one queue, so that throwing a tree away takes microseconds and packets do not wait for it. The
+//! queue grows at both ends alike: dom0 writes rules in ascending order and dumps them in descending
+//! order.
 
 use alloc::boxed::Box;
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
 use core::ops::Bound;
 
@@ -18,8 +20,8 @@ const MAX_BLOCK_LEN: usize = 4096;
 /// Smallest block in bytes.
 const MIN_BLOCK_LEN: usize = 64;
 
-/// What a key costs besides its value, in bytes: its share of map nodes, rounded up.
-const KEY_COST: usize = 48;
+/// What a key costs besides its value, in bytes: its share of queue and map nodes, rounded up.
+const KEY_COST: usize = 32;
 
 /// A key that outlives the path it came from. Rules come first, in order.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,7 +60,10 @@ struct Span {
 /// The keys of one tree with their values.
 #[derive(Clone, Debug, Default)]
 pub struct Tree {
-    keys: BTreeMap<OwnedKey, Span>,
+    /// In ascending order.
+    rules: VecDeque<(RuleNumber, Span)>,
+    /// Everything that is not a rule.
+    others: BTreeMap<OwnedKey, Span>,
     /// Never grown past the capacity they were made with.
     blocks: Vec<Vec<u8>>,
     /// Bytes of all blocks.
@@ -76,33 +81,63 @@ impl Tree {
 
     /// Whether there are no keys and none were refused.
     pub fn is_empty(&self) -> bool {
-        self.keys.is_empty() && !self.is_incomplete
+        self.len() == 0 && !self.is_incomplete
     }
 
     /// The keys in order, rules first, with their values.
     pub fn iter(&self) -> impl Iterator<Item = (TreeKey<'_>, &[u8])> {
-        self.keys
-            .iter()
-            .map(|(key, span)| (key.as_key(), self.value(*span)))
+        let rules = self.rules.iter();
+        let rules = rules.map(|&(number, span)| (TreeKey::Rule(number), span));
+        let others = self.others.iter().map(|(key, &span)| (key.as_key(), span));
+        rules
+            .chain(others)
+            .map(|(key, span)| (key, self.value(span)))
     }
 
     /// The value of one key.
     pub fn get(&self, key: TreeKey<'_>) -> Option<&[u8]> {
-        self.keys
-            .get(&OwnedKey::new(key))
-            .map(|span| self.value(*span))
+        let span = match key {
+            TreeKey::Rule(number) => {
+                let index = self.place_of(number).ok()?;
+                self.rules.get(index).map(|&(_, span)| span)
+            }
+            other => self.others.get(&OwnedKey::new(other)).copied(),
+        };
+        Some(self.value(span?))
     }
 
     /// The first key after `previous`, or of all, with its value.
-    pub(crate) fn after(&self, previous: Option<&OwnedKey>) -> Option<(&OwnedKey, &[u8])> {
+    pub(crate) fn after(&self, previous: Option<&OwnedKey>) -> Option<(OwnedKey, &[u8])> {
+        let rule = match previous {
+            None => self.rules.front(),
+            Some(OwnedKey::Rule(number)) => {
+                let next = self.rules.partition_point(|(known, _)| known <= number);
+                self.rules.get(next)
+            }
+            Some(_) => None,
+        };
+        if let Some(&(number, span)) = rule {
+            return Some((OwnedKey::Rule(number), self.value(span)));
+        }
+        // Rules come before everything else.
         let start = previous.map_or(Bound::Unbounded, Bound::Excluded);
-        let (key, span) = self.keys.range((start, Bound::Unbounded)).next()?;
-        Some((key, self.value(*span)))
+        let (key, span) = self.others.range((start, Bound::Unbounded)).next()?;
+        Some((key.clone(), self.value(*span)))
+    }
+
+    fn len(&self) -> usize {
+        self.rules.len() + self.others.len()
+    }
+
+    /// The index of a rule, or where it would have to be.
+    fn place_of(&self, number: RuleNumber) -> Result<usize, usize> {
+        self.rules
+            .binary_search_by_key(&number, |&(number, _)| number)
     }
 
     /// Memory in bytes, about.
     pub(crate) fn cost(&self) -> usize {
-        self.block_bytes + self.keys.len() * KEY_COST
+        self.block_bytes + self.len() * KEY_COST
     }
 
     /// The most that writing a value of `len` bytes adds to [`Self::cost`].
@@ -118,9 +153,7 @@ impl Tree {
     pub(crate) fn write(&mut self, key: TreeKey<'_>, value: &[u8]) {
         self.remove(key);
         match self.store(value) {
-            Some(span) => {
-                self.keys.insert(OwnedKey::new(key), span);
-            }
+            Some(span) => self.insert(OwnedKey::new(key), span),
             None => self.is_incomplete = true,
         }
         // A key that is written over and over again must not use up memory.
@@ -131,15 +164,36 @@ impl Tree {
 
     /// Removes a key, if it is there.
     pub(crate) fn remove(&mut self, key: TreeKey<'_>) {
-        if let Some(span) = self.keys.remove(&OwnedKey::new(key)) {
-            self.dead_bytes += usize::from(span.len);
+        let old = match key {
+            TreeKey::Rule(number) => {
+                let index = self.place_of(number).ok();
+                index
+                    .and_then(|index| self.rules.remove(index))
+                    .map(|(_, span)| span)
+            }
+            other => self.others.remove(&OwnedKey::new(other)),
+        };
+        self.dead_bytes += old.map_or(0, |span| usize::from(span.len));
+    }
+
+    /// Adds a key that is not there.
+    fn insert(&mut self, key: OwnedKey, span: Span) {
+        match key {
+            OwnedKey::Rule(number) => {
+                if let Err(index) = self.place_of(number) {
+                    self.rules.insert(index, (number, span));
+                }
+            }
+            other => {
+                self.others.insert(other, span);
+            }
         }
     }
 
     /// Removes the keys below `directory`, a key with a slash at its end.
     pub(crate) fn remove_below(&mut self, directory: &str) {
         let dead_bytes = &mut self.dead_bytes;
-        self.keys.retain(|key, span| {
+        self.others.retain(|key, span| {
             let stays = !matches!(key, OwnedKey::Other(text) if text.starts_with(directory));
             if !stays {
                 *dead_bytes += usize::from(span.len);
@@ -199,10 +253,12 @@ impl Tree {
     fn compact(&mut self) {
         let old = core::mem::take(self);
         self.is_incomplete = old.is_incomplete;
-        for (key, span) in &old.keys {
-            if let Some(span) = self.store(old.value(*span)) {
-                self.keys.insert(key.clone(), span);
+        let mut previous = None;
+        while let Some((key, value)) = old.after(previous.as_ref()) {
+            if let Some(span) = self.store(value) {
+                self.insert(key.clone(), span);
             }
+            previous = Some(key);
         }
     }
 }
@@ -282,7 +338,7 @@ mod tests {
                     panic!("{key:?}");
                 };
                 actual.push((number.get(), Vec::from(value)));
-                previous = Some(key.clone());
+                previous = Some(key);
             }
             prop_assert_eq!(actual, map.into_iter().collect::<Vec<_>>());
         }

@@ -191,6 +191,8 @@ pub(crate) struct Vifs {
     by_place: RefCell<BTreeMap<Place, Rc<VifCell>>>,
     /// Places whose task ended and where a new device may be already.
     recheck: RefCell<BTreeSet<Place>>,
+    /// A task ended because the store failed; its device may still be there.
+    lost: Cell<bool>,
     last_generation: Cell<u32>,
 }
 

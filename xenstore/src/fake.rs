@@ -234,6 +234,11 @@ impl FakeStore {
             .push_back((kind, path_end.to_owned(), error));
     }
 
+    /// Forgets refusals that were asked for and have not happened.
+    pub fn clear_faults(&self) {
+        self.daemon.borrow_mut().faults.clear();
+    }
+
     /// Calls back before each request is handled: with its type and absolute path, and dom0's powers.
     pub fn on_request(&self, hook: impl FnMut(&Self, u32, &str) + 'static) {
         self.daemon.borrow_mut().hook = Some(Box::new(hook));

@@ -98,6 +98,8 @@ pub const MAX_VIFS: usize = 100;
 pub const MAX_TASKS: usize = MAX_VIFS + 20;
 /// An outstanding request older than this means that xenstored ignores us: there is no way back.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// Transactions open at a time; more wait. The daemon's default quota for a domain is 10.
+pub const MAX_TRANSACTIONS: usize = 4;
 /// How often a transaction that met a conflict is tried before the caller is told.
 pub const TRANSACTION_ATTEMPTS: usize = 10;
 /// Bytes of a directory listing gathered from parts; a longer listing is refused.

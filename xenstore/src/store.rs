@@ -193,6 +193,7 @@ impl Store {
         body: impl AsyncFn(&Transaction) -> Result<T, Error>,
     ) -> Result<T, Error> {
         for _ in 0..TRANSACTION_ATTEMPTS {
+            let permit = Permit::wait(&self.context).await;
             let start = self.request(&Request::TransactionStart, 0, |payload| {
                 transaction_id(&payload)
             });
@@ -200,6 +201,7 @@ impl Store {
                 store: self.clone(),
                 id: start.await?,
                 open: true,
+                _permit: permit,
             };
             let result = body(&transaction).await?;
             match transaction.commit().await {
@@ -269,6 +271,33 @@ pub struct Transaction {
     store: Store,
     id: u32,
     open: bool,
+    _permit: Permit,
+}
+
+/// The right to have one transaction open.
+struct Permit(Rc<Context>);
+
+impl Permit {
+    async fn wait(context: &Rc<Context>) -> Self {
+        let take = || {
+            let left = context.transactions.get().checked_sub(1)?;
+            context.transactions.set(left);
+            Some(Self(Rc::clone(context)))
+        };
+        loop {
+            if let Some(permit) = context.until(None, take).await {
+                return permit;
+            }
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let left = self.0.transactions.get();
+        self.0.transactions.set(left.saturating_add(1));
+        self.0.wake();
+    }
 }
 
 impl Transaction {

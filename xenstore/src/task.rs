@@ -19,9 +19,9 @@ use core::time::Duration;
 
 use xen::Time;
 
-use crate::MAX_TASKS;
 use crate::client::Client;
 use crate::control_plane::Event;
+use crate::{MAX_TASKS, MAX_TRANSACTIONS};
 
 /// How often all tasks are polled in one call before the main loop gets its turn again. Tasks that feed each other
 /// settle within a few rounds.
@@ -47,6 +47,8 @@ pub(crate) struct Context {
     /// Events ever queued, and ever taken.
     emitted: Cell<u64>,
     taken: Cell<u64>,
+    /// Transactions that may still be started.
+    pub(crate) transactions: Cell<usize>,
     /// Tasks that were spawned since the last round.
     newborn: RefCell<Vec<Job>>,
     alive: Cell<usize>,
@@ -62,6 +64,7 @@ impl Context {
             events: RefCell::default(),
             emitted: Cell::new(0),
             taken: Cell::new(0),
+            transactions: Cell::new(MAX_TRANSACTIONS),
             newborn: RefCell::default(),
             alive: Cell::new(0),
         })

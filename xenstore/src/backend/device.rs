@@ -26,18 +26,23 @@ use crate::wire::ErrorCode;
 
 /// What we can do, written before state 2. Values are exactly `0` or `1`: one frontend reads them in base 2.
 ///
-/// No split event channels, multiple queues, control ring, multicast filter or XDP headroom: absent means no.
-const FEATURES: [(&str, &[u8]); 6] = [
+/// No page flipping, split event channels, multiple queues, control ring, multicast filter or XDP headroom: absent
+/// means no.
+///
+/// As few nodes as possible: a domain may own 1,000 by default, and the toolstack makes 13 of ours for each vif. With
+/// these five that is enough for 55 clients; for more, dom0's xenstored must be started with a larger quota.
+const FEATURES: [(&str, &[u8]); 5] = [
     ("feature-sg", b"1"),
     ("feature-gso-tcpv4", b"1"),
     ("feature-gso-tcpv6", b"1"),
     ("feature-ipv6-csum-offload", b"1"),
     ("feature-rx-copy", b"1"),
-    ("feature-rx-flip", b"0"),
 ];
 
-/// How long to pause after a transaction met too many conflicts.
-const CONFLICT_PAUSE: Duration = Duration::from_secs(1);
+/// How long to pause after the store failed in a way that may pass: conflicts without end, or its own trouble.
+const STORE_PAUSE: Duration = Duration::from_secs(1);
+/// How long a refused vif is left alone.
+const REFUSED_PAUSE: Duration = Duration::from_secs(5);
 /// Log lines that a vif may cause at once, and how often one more.
 const LOG_BURST: u32 = 8;
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -49,6 +54,8 @@ pub(super) enum Ended {
     Gone,
     /// The toolstack has put a new device in the place of this one.
     Replaced,
+    /// The store failed us in a way that says nothing about the device.
+    Lost,
 }
 
 /// A vif while its task lives.
@@ -71,6 +78,8 @@ pub(super) struct Vif {
     hold: Option<Time>,
     /// Until when a frontend may take to close.
     close_by: Option<Time>,
+    /// When to read again what the store could not tell, or what made us refuse.
+    read_again: Option<Time>,
     reactions: Bucket,
     log_lines: Bucket,
 }
@@ -93,6 +102,7 @@ impl Vif {
             watch: None,
             hold: None,
             close_by: None,
+            read_again: None,
             reactions: Bucket::new(REACTION_BURST, REACTION_INTERVAL, now),
             log_lines: Bucket::new(LOG_BURST, LOG_INTERVAL, now),
         }
@@ -112,7 +122,7 @@ impl Vif {
     /// Looks, decides, acts or waits: once.
     async fn turn(&mut self) -> Result<(), Ended> {
         self.look_at_folder().await?;
-        if self.identity.is_none() && self.online {
+        if self.identity.is_none() && self.online && !self.refused {
             self.identify().await?;
         }
         self.look_at_peer().await;
@@ -162,8 +172,12 @@ impl Vif {
 
     /// Reads the toolstack's wishes when something in our folder changed.
     async fn look_at_folder(&mut self) -> Result<(), Ended> {
-        if !self.cell.folder_changed.take() {
+        let again = self.refused && self.should_read_again();
+        if !self.cell.folder_changed.take() && !again {
             return Ok(());
+        }
+        if again {
+            self.read_again = None;
         }
         let state = self.store.read(&self.path("state"));
         let online = self.store.read(&self.path("online"));
@@ -177,9 +191,10 @@ impl Vif {
             _ => {}
         }
         if self.own == XenbusState::Initialising {
-            // Not offered yet: whatever changed may concern who the client is.
+            // Not offered yet: whatever changed may concern who the client is, or why it was refused.
             self.identity = None;
             self.watch = None;
+            self.refused = false;
         }
         match online {
             Ok(value) => self.online = value != b"0",
@@ -217,20 +232,23 @@ impl Vif {
         let mut status = self.cell.status.borrow_mut();
         status.mac = Some(identity.mac);
         status.addresses.clone_from(&identity.addresses);
-        status.trouble = None;
         drop(status);
         self.watch = Some(watch);
         self.identity = Some(identity);
-        self.refused = false;
         Ok(())
     }
 
-    /// Leaves the vif alone until the toolstack removes or corrects it.
+    fn should_read_again(&self) -> bool {
+        self.read_again.is_some_and(|time| time <= self.store.now())
+    }
+
+    /// Leaves the vif alone until the toolstack removes or corrects it, or for a while: a quota may have room by then.
     fn refuse(&mut self, reason: &str) {
-        if !self.refused || self.cell.status.borrow().trouble.as_deref() != Some(reason) {
+        if self.cell.status.borrow().trouble.as_deref() != Some(reason) {
             error!("{}: refused: {reason}", self.cell.device());
         }
         self.refused = true;
+        self.read_again = Some(self.store.now().plus(REFUSED_PAUSE));
         self.cell.status.borrow_mut().trouble = Some(reason.to_string());
     }
 
@@ -239,10 +257,12 @@ impl Vif {
         let (Some(identity), Some(watch)) = (&self.identity, &self.watch) else {
             return;
         };
-        if !watch.is_dirty() || !self.reactions.take(self.store.now()) {
+        if !(watch.is_dirty() || self.should_read_again()) || !self.reactions.take(self.store.now())
+        {
             return;
         }
         let _ = watch.take();
+        self.read_again = None;
         let peer = match self
             .store
             .read(&format!("{}/state", identity.frontend))
@@ -252,8 +272,11 @@ impl Vif {
             Err(Error::Refused(ErrorCode::NotFound | ErrorCode::AccessDenied)) => {
                 XenbusState::Unknown
             }
-            // The store's own trouble says nothing about the frontend.
-            Err(_) => self.peer,
+            Err(_) => {
+                // The store's own trouble says nothing about the frontend.
+                self.read_again = Some(self.store.now().plus(STORE_PAUSE));
+                return;
+            }
         };
         self.peer = peer;
         self.barred &= !lifts_ban(peer);
@@ -271,7 +294,7 @@ impl Vif {
         let now = self.store.now();
         let next_reaction = self.reactions.next(now);
         let hold = self.hold.filter(|_| self.own == XenbusState::InitWait);
-        let times = [self.close_by, hold, Some(next_reaction)];
+        let times = [self.close_by, hold, self.read_again, Some(next_reaction)];
         let deadline = times.into_iter().flatten().filter(|&time| time > now).min();
         let probe = || {
             let fault = self.attached && self.cell.fault.borrow().is_some();
@@ -312,12 +335,10 @@ impl Vif {
                 Ok(())
             }
             Err(Error::Conflict) => {
-                self.store.sleep(CONFLICT_PAUSE).await;
+                self.store.sleep(STORE_PAUSE).await;
                 Ok(())
             }
             Err(reason) if first && !is_gone(reason) => {
-                self.identity = None;
-                self.watch = None;
                 self.refuse(&reason.to_string());
                 Ok(())
             }
@@ -393,8 +414,10 @@ impl Vif {
         self.write_state(XenbusState::Closed).await
     }
 
-    /// Removes our folder, as the toolstack asked.
+    /// Removes our folder, as the toolstack asked. It waits for state 6 first, and may have written another one over
+    /// ours.
     async fn remove(&mut self) -> Result<(), Ended> {
+        self.write_state(XenbusState::Closed).await?;
         if let Err(reason) = self.store.remove(&self.folder).await
             && reason != Error::NOT_FOUND
         {
@@ -432,10 +455,11 @@ impl Vif {
 
     /// What a failed write to our folder means: that it is gone, or nothing that we could mend.
     fn lost(&mut self, reason: Error) -> Ended {
-        if !is_gone(reason) {
-            self.say(|device| error!("{device}: cannot write to its folder: {reason}"));
+        if is_gone(reason) {
+            return Ended::Gone;
         }
-        Ended::Gone
+        self.say(|device| error!("{device}: cannot write to its folder: {reason}"));
+        Ended::Lost
     }
 
     fn enter(&mut self, state: XenbusState) {

@@ -15,7 +15,7 @@ use alloc::vec::Vec;
 use core::time::Duration;
 
 use log::error;
-use xen::DomId;
+use xen::{DomId, Time};
 
 use super::device::{Ended, Vif};
 use super::keys::index;
@@ -23,14 +23,15 @@ use super::{Place, Vifs};
 use crate::MAX_VIFS;
 use crate::client::Dirty;
 use crate::state::XenbusState;
-use crate::store::{Store, Watch};
+use crate::store::{Error, Store, Watch};
+use crate::wire::ErrorCode;
 
 /// Where devices are, relative to our home.
 const ROOT: &str = "backend/vif";
 /// The largest domain id of a real domain (`DOMID_FIRST_RESERVED` - 1).
 const LAST_DOMAIN: u16 = 0x7FEF;
-/// How long to pause before trying to set the watch again.
-const WATCH_PAUSE: Duration = Duration::from_secs(5);
+/// How long to pause after the store failed in a way that may pass.
+const STORE_PAUSE: Duration = Duration::from_secs(5);
 
 /// What an event path is about.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -74,13 +75,14 @@ pub(crate) async fn discover(store: Store, vifs: Rc<Vifs>) {
             Ok(watch) => break watch,
             Err(reason) => error!("{ROOT}: cannot watch: {reason}"),
         }
-        store.sleep(WATCH_PAUSE).await;
+        store.sleep(STORE_PAUSE).await;
     };
     let mut discovery = Discovery {
         store,
         vifs,
         watch,
         crowded: false,
+        again: None,
     };
     loop {
         discovery.turn().await;
@@ -93,21 +95,30 @@ struct Discovery {
     watch: Watch,
     /// Devices were left out because there are too many.
     crowded: bool,
+    /// When to look everywhere again, because the store failed.
+    again: Option<Time>,
 }
 
 impl Discovery {
     async fn turn(&mut self) {
         let room = || self.crowded && self.vifs.len() < MAX_VIFS;
         let recheck = || !self.vifs.recheck.borrow().is_empty();
-        let probe = || (self.watch.is_dirty() || recheck() || room()).then_some(());
-        let room = self.store.context.until(None, probe).await.is_some() && room();
+        let probe =
+            || (self.watch.is_dirty() || recheck() || self.vifs.lost.get() || room()).then_some(());
+        let due = self.store.context.until(self.again, probe).await.is_none();
+        let room = room();
         let mut dirty = self.watch.take();
-        if room {
+        if self.vifs.lost.take() {
+            self.look_again_later();
+        }
+        if due {
+            self.again = None;
+        }
+        if room || due {
             self.crowded = false;
             dirty = Dirty::Anything;
         }
-        let rechecks = self.vifs.recheck.take();
-        for place in rechecks {
+        for place in self.vifs.recheck.take() {
             self.consider(place).await;
         }
         match dirty {
@@ -115,6 +126,10 @@ impl Discovery {
             Dirty::Anything => self.look_everywhere().await,
             Dirty::Paths(paths) => self.follow(&paths).await,
         }
+    }
+
+    fn look_again_later(&mut self) {
+        self.again = self.again.or(Some(self.store.now().plus(STORE_PAUSE)));
     }
 
     /// Follows hints: each device once, each client's folder once.
@@ -162,20 +177,36 @@ impl Discovery {
         }
     }
 
-    async fn devices_of(&self, client: DomId) -> Vec<Place> {
+    async fn devices_of(&mut self, client: DomId) -> Vec<Place> {
         let listed = self.list(&format!("{ROOT}/{client}")).await;
         self.touch_absent(|&(other, handle)| other == client && !listed.contains(&handle));
         listed.into_iter().map(|handle| (client, handle)).collect()
     }
 
     /// The numeric names in a folder; none when it is not there.
-    async fn list(&self, path: &str) -> Vec<u16> {
-        let names = self.store.list(path).await.unwrap_or_default();
+    async fn list(&mut self, path: &str) -> Vec<u16> {
+        let names = match self.store.list(path).await {
+            Ok(names) => names,
+            Err(reason) => {
+                self.note_failure(reason);
+                Vec::new()
+            }
+        };
         names
             .iter()
             .filter_map(|name| index(name))
             .filter(|&number| number <= LAST_DOMAIN)
             .collect()
+    }
+
+    /// A missing folder is an answer; any other failure is worth another look.
+    fn note_failure(&mut self, reason: Error) {
+        if !matches!(
+            reason,
+            Error::Refused(ErrorCode::NotFound | ErrorCode::AccessDenied)
+        ) {
+            self.look_again_later();
+        }
     }
 
     fn serves(&self, client: DomId) -> bool {
@@ -213,15 +244,16 @@ impl Discovery {
 
     /// Starts a task for a device that has none, if it is really there and there is room.
     async fn consider(&mut self, place: Place) {
-        let (client, handle) = place;
-        if self.vifs.at(place).is_some()
-            || self
-                .store
-                .read(&format!("{ROOT}/{client}/{handle}/state"))
-                .await
-                .is_err()
-        {
+        if self.vifs.at(place).is_some() {
             return;
+        }
+        let (client, handle) = place;
+        if let Err(reason) = self
+            .store
+            .read(&format!("{ROOT}/{client}/{handle}/state"))
+            .await
+        {
+            return self.note_failure(reason);
         }
         if self.vifs.len() >= MAX_VIFS {
             if !self.crowded {

@@ -258,7 +258,15 @@ impl Daemon {
             .iter()
             .position(|(kind, end, _)| *kind == header.kind && path.ends_with(end.as_str()));
         let reply = match fault.and_then(|at| self.faults.remove(at)) {
-            Some((_, _, error)) => Err(error),
+            Some((_, _, error)) => {
+                // Whatever it answers, the daemon has ended the transaction.
+                if header.kind == kind::TRANSACTION_END {
+                    self.connection_mut(domain)
+                        .transactions
+                        .remove(&header.transaction);
+                }
+                Err(error)
+            }
             None => self.carry_out(domain, request),
         };
         let connection = self.connection_mut(domain);

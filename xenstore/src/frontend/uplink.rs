@@ -106,7 +106,13 @@ impl Finder {
                     self.complaint = Some(complaint);
                 }
             }
-            let _ = self.watch.changed().await;
+            // Also without a change: the store itself may have had trouble.
+            let deadline = self
+                .complaint
+                .as_ref()
+                .map(|_| self.store.now().plus(PAUSE));
+            let dirty = || self.watch.is_dirty().then_some(());
+            self.store.context.until(deadline, dirty).await;
         }
     }
 }
@@ -166,6 +172,8 @@ struct Session {
     stale: bool,
     /// On the backend's state.
     watch: Option<Watch>,
+    /// When to read the backend's state again, which the store could not tell.
+    read_again: Option<Time>,
     /// When the backend's time for the current step is over.
     expires: Option<Time>,
     retry_at: Option<Time>,
@@ -195,6 +203,7 @@ impl Session {
             carrier: false,
             stale: false,
             watch: None,
+            read_again: None,
             expires: None,
             retry_at: None,
             back_off: BACK_OFF_FIRST,
@@ -308,10 +317,12 @@ impl Session {
     /// Reads the backend's state when it changed, as often as the limit allows.
     async fn look_at_peer(&mut self) {
         let Some(watch) = &self.watch else { return };
-        if !watch.is_dirty() || !self.reactions.take(self.store.now()) {
+        let again = self.read_again.is_some_and(|time| time <= self.store.now());
+        if !(watch.is_dirty() || again) || !self.reactions.take(self.store.now()) {
             return;
         }
         let _ = watch.take();
+        self.read_again = None;
         let peer = match self
             .store
             .read(&format!("{}/state", self.device.folder))
@@ -321,7 +332,11 @@ impl Session {
             Err(Error::Refused(ErrorCode::NotFound | ErrorCode::AccessDenied)) => {
                 XenbusState::Unknown
             }
-            Err(_) => self.peer,
+            Err(_) => {
+                // The store's own trouble says nothing about the backend.
+                self.read_again = Some(self.store.now().plus(BACK_OFF_FIRST));
+                return;
+            }
         };
         self.stale &= peer == self.peer;
         self.peer = peer;
@@ -347,6 +362,7 @@ impl Session {
             self.expires,
             self.retry_at,
             self.slow_at(),
+            self.read_again,
             Some(next_reaction),
         ];
         let deadline = times.into_iter().flatten().filter(|&time| time > now).min();

@@ -144,6 +144,34 @@ fn a_client_talks_to_another_with_the_next_copy() {
     world.close();
 }
 
+/// What goes from client to client waits in the batch for the next copy, and its response waits with it.
+#[test]
+fn a_response_is_not_shown_before_its_copy_is_done() {
+    let mut world = World::new();
+    let mut second = Client::new(&world.machine, xen::DomId(11), ROUTER);
+    world.router.connect_client(&second);
+    second.post(2);
+    second.transmit(&pattern(61, 1));
+    world.client.transmit(&pattern(60, 2));
+    let across = |from, _: &mut xen::Frame| (from == Side::Client(0)).then_some(Side::Client(1));
+    assert!(world.router.iterate(across));
+    assert!(!world.router.batch.is_empty());
+    assert_eq!(second.receive(), []);
+    assert_eq!(
+        second.take_statuses(),
+        [0],
+        "its own frame was copied before"
+    );
+    assert!(world.router.iterate(across));
+    assert_eq!(second.receive()[0].bytes, pattern(60, 2));
+    world.router.vifs[1]
+        .take()
+        .unwrap()
+        .disconnect(&mut world.router.hv);
+    second.close();
+    world.close();
+}
+
 /// The two directions number the checksum flags differently (xen-netif.md 3.2).
 #[test]
 fn checksum_flags_keep_their_meaning_across() {

@@ -380,6 +380,45 @@ fn b11_malformed_frame_in_a_batch_then_teardown_leaves_nothing() {
     assert_nothing_left(&machine, FIRST_CLIENT);
 }
 
+/// Copies of a connection that is gone fail while the next one of that client has responses under way.
+#[test]
+fn b11_failures_of_a_former_connection_do_not_touch_the_next() {
+    let machine = FakeMachine::new();
+    let mut router = Router::new(&machine);
+    let budget = netback::Budget::default();
+    let mut first = Client::new(&machine, FIRST_CLIENT, ROUTER);
+    first.put_request(request(u32::MAX, 0, 100, 0));
+    first.publish();
+    let mut vif = Vif::connect(&mut router.hv, &first.parameters(VifTag(1))).unwrap();
+    assert_eq!(
+        vif.receive(&mut router.hv, &mut router.batch, budget),
+        Ok(1)
+    );
+    vif.disconnect(&mut router.hv);
+    let mut second = Client::new(&machine, FIRST_CLIENT, ROUTER);
+    second.put_frame(&[piece(pattern(60, 1))], 0, None);
+    second.publish();
+    let mut vif = Vif::connect(&mut router.hv, &second.parameters(VifTag(2))).unwrap();
+    assert_eq!(
+        vif.receive(&mut router.hv, &mut router.batch, budget),
+        Ok(1)
+    );
+    let mut failures = 0;
+    router.batch.copy(&mut router.hv, |failure| {
+        failures += 1;
+        vif.amend(failure);
+    });
+    assert_eq!(failures, 1);
+    let _ = vif.publish(&router.batch);
+    assert_eq!(second.take_statuses(), [0]);
+    assert_eq!(vif.counters().received_frames, 1);
+    vif.disconnect(&mut router.hv);
+    router.close();
+    first.close();
+    second.close();
+    assert_nothing_left(&machine, ROUTER);
+}
+
 fn extra(kind: u8, more: bool) -> [u32; 3] {
     [u32::from_le_bytes([kind, u8::from(more), 0, 0]), 0, 0]
 }

@@ -160,6 +160,30 @@ fn f2_null_responses_without_extras_break_the_device() {
 }
 
 #[test]
+fn f2_more_null_responses_than_extras_break_the_device() {
+    let mut world = World::new();
+    world.client.put_frame(
+        &[Piece {
+            offset: 0,
+            bytes: pattern(3000, 1),
+        }],
+        TxFlags::CSUM_BLANK,
+        Some((1448, GsoType::TcpV4)),
+    );
+    world.client.publish();
+    world.run();
+    world.netvm.take();
+    for _ in 0..2 {
+        world.netvm.put_tx_response(TxResponse {
+            id: 0,
+            status: status::NULL,
+        });
+    }
+    world.netvm.publish();
+    assert_eq!(broken(world), DeviceBroken::TxExtra);
+}
+
+#[test]
 fn f2_error_statuses_free_the_slot_all_the_same() {
     let mut world = World::new();
     world.client.transmit(&pattern(60, 1));
@@ -794,6 +818,35 @@ fn f17_another_netvm_gets_other_pages_and_sees_nothing_of_the_first() {
     world.client.close();
     assert_nothing_left(&world.machine, ROUTER);
     assert_nothing_left(&world.machine, second);
+}
+
+/// Nothing was held, so the first netvm's pages are in the pool at once when the second comes.
+#[test]
+fn f17_pages_that_a_netvm_wrote_are_cleared_for_the_next() {
+    let mut world = World::new();
+    for _ in 0..100 {
+        world.netvm.deliver(&vec![0x22; 1200]);
+    }
+    let mut frame = Frame::new();
+    let uplink = world.router.uplink.as_mut().unwrap();
+    while uplink.receive(&mut world.router.hv, &mut frame).unwrap() {
+        frame.release(&mut world.router.hv);
+    }
+    world.router.disconnect_uplink();
+    world.netvm.close();
+    world.router.quarantine.sweep(&mut world.router.hv);
+    let second = DomId(3);
+    let mut next = world
+        .router
+        .connect_uplink_to(&world.machine, second, LINUX);
+    for _ in 0..next.buffers() {
+        let buffer = next.take_buffer();
+        let page = next.dump(buffer.gref);
+        assert!(page.iter().all(|byte| *byte == 0));
+    }
+    next.close();
+    world.router.close();
+    assert_nothing_left(&world.machine, ROUTER);
 }
 
 #[test]

@@ -331,3 +331,144 @@ impl<M: RingMemory, const WORDS: usize> FrontRing<M, WORDS> {
         Ok(self.available()? >= wanted)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shared::SharedPage;
+    use crate::testing::SharedMemory;
+
+    /// Ring memory that a test also reaches as the peer.
+    struct Memory(SharedPage);
+
+    impl RingMemory for Memory {
+        fn shared(&self) -> &SharedPage {
+            &self.0
+        }
+    }
+
+    fn back(memory: &SharedMemory) -> BackRing<Memory, 2> {
+        BackRing::attach(Memory(memory.page())).ok().unwrap()
+    }
+
+    fn front(memory: &SharedMemory) -> FrontRing<Memory, 2> {
+        FrontRing::new(Memory(memory.page()))
+    }
+
+    #[test]
+    fn requests_and_responses_cross_in_order_over_the_index_wrap() {
+        let memory = SharedMemory::new();
+        let mut front = front(&memory);
+        let start = u32::MAX - 100;
+        (front.req_prod, front.req_published, front.rsp_cons) = (start, start, start);
+        memory.page().write_u32(REQ_PROD, start);
+        memory.page().write_u32(RSP_PROD, start);
+        let mut back = back(&memory);
+        for round in 0..600u32 {
+            front.request([round, !round]);
+            let _ = front.publish();
+            assert_eq!(back.available(), Ok(1));
+            assert_eq!(back.request(0), [round, !round]);
+            back.consume(1);
+            back.respond([round + 1, 7]);
+            let _ = back.publish();
+            assert_eq!(front.available(), Ok(1));
+            assert_eq!(front.response(0), [round + 1, 7]);
+            front.consume(1);
+        }
+        assert_eq!((front.free(), back.unanswered()), (RING_SIZE, 0));
+    }
+
+    #[test]
+    fn a_backend_refuses_indices_that_are_too_far_apart() {
+        let memory = SharedMemory::new();
+        memory.page().write_u32(REQ_PROD, 257);
+        assert!(BackRing::<_, 2>::attach(Memory(memory.page())).is_err());
+        memory.page().write_u32(REQ_PROD, 256);
+        let mut back = back(&memory);
+        assert_eq!(back.available(), Ok(256));
+        memory.page().write_u32(REQ_PROD, 257);
+        assert_eq!(back.available(), Err(RingError::ImpossibleProducer));
+        memory.page().write_u32(REQ_PROD, 256);
+        back.consume(200);
+        for _ in 0..200 {
+            back.respond([0, 0]);
+        }
+        // The peer cannot have used a slot again whose response it was not shown.
+        memory.page().write_u32(REQ_PROD, 257);
+        assert_eq!(back.available(), Err(RingError::ImpossibleProducer));
+        let _ = back.publish();
+        assert_eq!(back.available(), Ok(57));
+    }
+
+    #[test]
+    fn responses_are_shown_as_far_as_told_and_amended_until_then() {
+        let memory = SharedMemory::new();
+        memory.page().write_u32(REQ_PROD, 10);
+        let mut back = back(&memory);
+        back.consume(10);
+        for number in 0..10 {
+            assert_eq!(back.produced(), number);
+            back.respond([number, 0]);
+        }
+        assert!(!back.publish_until(11), "index 11 was not written");
+        assert_eq!(memory.page().read_u32(RSP_PROD), 0);
+        memory.page().write_u32(RSP_EVENT, 4);
+        assert!(
+            back.publish_until(4),
+            "the peer waits for the fourth response"
+        );
+        assert_eq!(memory.page().read_u32(RSP_PROD), 4);
+        assert!(!back.publish_until(3), "it is not taken back");
+        assert!(!back.amend(3, [99, 99]), "the peer may have read it");
+        assert!(back.amend(4, [99, 99]));
+        assert!(!back.amend(10, [99, 99]), "it was not written");
+        assert!(!back.publish());
+        assert_eq!(memory.page().read_u32(RSP_PROD), 10);
+        let slot = |index| memory.page().read_words::<2>(slot_offset::<2>(index));
+        assert_eq!((slot(3), slot(4), slot(5)), ([3, 0], [99, 99], [5, 0]));
+    }
+
+    #[test]
+    fn a_frontend_refuses_more_responses_than_it_published_requests() {
+        let memory = SharedMemory::new();
+        let mut front = front(&memory);
+        front.request([1, 1]);
+        front.request([2, 2]);
+        memory.page().write_u32(RSP_PROD, 1);
+        assert_eq!(
+            front.available(),
+            Err(RingError::ImpossibleProducer),
+            "not published yet"
+        );
+        let _ = front.publish();
+        assert_eq!(front.available(), Ok(1));
+        memory.page().write_u32(RSP_PROD, 3);
+        assert_eq!(front.available(), Err(RingError::ImpossibleProducer));
+        memory.page().write_u32(RSP_PROD, u32::MAX);
+        assert_eq!(front.available(), Err(RingError::ImpossibleProducer));
+    }
+
+    #[test]
+    fn arming_asks_for_the_next_and_looks_again() {
+        let memory = SharedMemory::new();
+        let mut back = back(&memory);
+        let mut front = front(&memory);
+        assert_eq!(back.arm(1), Ok(false));
+        front.request([0, 0]);
+        assert!(front.publish(), "the first request after arming notifies");
+        front.request([0, 0]);
+        assert!(!front.publish(), "further ones do not");
+        assert_eq!(
+            back.arm(1),
+            Ok(true),
+            "what came in meanwhile is not slept over"
+        );
+        back.consume(2);
+        assert_eq!(back.arm(3), Ok(false));
+        for number in 0..3 {
+            front.request([0, 0]);
+            assert_eq!(front.publish(), number == 2, "only the third was asked for");
+        }
+    }
+}

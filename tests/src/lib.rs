@@ -2,6 +2,7 @@
 //!
 //! | module | what |
 //! | --- | --- |
+//! | [`attack`] | what a hostile client writes, and what must become of it |
 //! | [`frames`] | frames with a recognisable payload |
 //! | [`raw`] | rings as bytes: indices and slots at their offsets, checked by nobody |
 //! | [`client`] | a client qube's frontend, correct by default, hostile on request |
@@ -20,6 +21,7 @@
     reason = "a mistake found here is one of a test, or what the test is looking for, and must stop it"
 )]
 
+pub mod attack;
 pub mod client;
 pub mod frames;
 pub mod netvm;

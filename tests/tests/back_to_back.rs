@@ -356,7 +356,7 @@ fn pieces(frame: &[u8], lens: &[usize], offsets: &[u16]) -> Vec<Piece> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 400 }, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 400 }, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_slot_layout_arrives_unchanged_both_ways(

@@ -258,7 +258,7 @@ fn a_failed_segment_is_marked_and_the_others_arrive() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 3 } else { 300 }, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 3 } else { 300 }, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_cut_puts_every_payload_byte_into_its_segment(

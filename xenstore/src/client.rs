@@ -105,6 +105,12 @@ pub struct Moved {
 }
 
 impl Moved {
+    /// Counts more bytes in.
+    pub(crate) const fn add(&mut self, more: Self) {
+        self.read = self.read.saturating_add(more.read);
+        self.written = self.written.saturating_add(more.written);
+    }
+
     /// Whether any byte moved.
     #[must_use]
     pub const fn any(self) -> bool {
@@ -328,6 +334,12 @@ impl Client {
         core::mem::take(&mut self.news)
     }
 
+    /// As [`Client::take_news`], without forgetting.
+    #[must_use]
+    pub const fn has_news(&self) -> bool {
+        self.news
+    }
+
     /// Moves bytes both ways, as far as the stream and the limits allow.
     ///
     /// # Errors
@@ -352,11 +364,12 @@ impl Client {
         let mut moved = Moved::default();
         // Reading and writing take turns: the daemon stops reading while we do not take its replies.
         loop {
-            let read = self.receive(stream)?;
-            let written = self.send(stream)?;
-            moved.read = moved.read.saturating_add(read);
-            moved.written = moved.written.saturating_add(written);
-            if (read == 0 && written == 0) || moved.read >= READ_BUDGET {
+            let now = Moved {
+                read: self.receive(stream)?,
+                written: self.send(stream)?,
+            };
+            moved.add(now);
+            if !now.any() || moved.read >= READ_BUDGET {
                 return Ok(moved);
             }
         }

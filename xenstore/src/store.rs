@@ -224,7 +224,7 @@ impl Store {
         self.context.sleep(duration).await;
     }
 
-    /// Adds a task of the caller's own.
+    /// Adds a task of the caller's own. It may wait for nothing but what this handle offers: there are no wakers.
     ///
     /// # Errors
     ///

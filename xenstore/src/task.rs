@@ -1,8 +1,8 @@
 //! The tiny executor: one clock, one queue of events, a bounded list of tasks.
 //!
-//! Tasks wait for conditions, not for wakers: [`Context::until`] looks at its condition each time the task is
+//! Tasks wait for conditions, not for wakers: `Context::until` looks at its condition each time the task is
 //! polled, and every task is polled again whenever something happened that could concern any of them
-//! ([`Context::wake`]). See the crate documentation for why.
+//! (`Context::wake`). See the crate documentation for why.
 //!
 //! Single threaded; all sharing is by `Rc`, `Cell` and `RefCell`. A `RefCell` is only ever borrowed within one method of
 //! this crate that calls nothing which could borrow it again, so borrows cannot collide.
@@ -171,7 +171,7 @@ impl Context {
 
     /// When tasks must run even if nothing happens.
     pub(crate) fn deadline(&self) -> Option<Time> {
-        if self.woken.get() {
+        if self.woken.get() || self.client.borrow().has_news() {
             Some(self.now())
         } else {
             self.deadline.get()

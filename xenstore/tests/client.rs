@@ -14,6 +14,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use kit::{Bench, SELF, client_vif};
+use proptest::prelude::*;
 use xen::Time;
 use xen::stream::{ByteStream, StreamError};
 use xenstore::client::{Client, Dirty, Fatal};
@@ -511,5 +512,49 @@ fn a_whole_life_of_a_vif_works_at_every_chunking() {
         settle(&mut bench);
         assert!(!bench.store.exists(&vif.backend_folder()), "{chunking:?}");
         assert_eq!(bench.store.watches(SELF), 1);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn p8_arbitrary_bytes_from_the_store_are_parsed_or_fatal(
+        junk in prop::collection::vec(any::<u8>(), 0..300),
+        messages in prop::collection::vec((0..30_u32, 0..4_u32, prop::collection::vec(any::<u8>(), 0..40)), 0..20),
+        piece in 1..64_usize,
+    ) {
+        let mut bytes = Vec::new();
+        for (kind, request, payload) in messages {
+            bytes.extend(message(kind, request, &payload));
+        }
+        bytes.extend(junk);
+        let mut client = Client::new();
+        let (watch, _) = client.watch("a", true).unwrap();
+        let ticket = client.submit(Request::Read("a").encode(0).unwrap()).unwrap();
+        let mut stream = Script::new(Vec::new(), usize::MAX);
+        client.pump(&mut stream, Time(0)).unwrap();
+        stream.bytes = bytes;
+        stream.piece = piece;
+        let _ = client.pump(&mut stream, Time(0));
+        let _ = (client.take_dirty(watch), client.take_reply(&ticket));
+        client.unwatch(watch);
+        prop_assert!(client.outstanding() <= 2);
+    }
+
+    #[test]
+    fn p8_arbitrary_bytes_do_not_upset_running_tasks(
+        kinds in prop::collection::vec((0..30_u32, 0..30_u32, prop::collection::vec(any::<u8>(), 0..40)), 1..20),
+    ) {
+        let mut bench = Bench::new(Options::default());
+        let vif = client_vif(7);
+        bench.toolstack.attach(&vif);
+        for (kind, request, payload) in kinds {
+            bench.store.inject(SELF, &message(kind, request, &payload));
+            for _ in 0..3 {
+                let _ = bench.plane.poll(&mut bench.link, bench.now);
+                while bench.plane.next_event().is_some() {}
+            }
+        }
     }
 }

@@ -533,3 +533,63 @@ fn no_state_is_written_before_the_kernel_was_told_to_revoke() {
     bench.settle();
     assert_eq!(state_writes(&bench), "6");
 }
+
+#[test]
+fn a_store_that_cannot_tell_for_a_moment_is_no_reason_to_let_go() {
+    let (mut bench, vif, backend) = connected();
+    bench
+        .store
+        .fail_next(xenstore::wire::kind::DIRECTORY, "device/vif", "ENOMEM");
+    bench
+        .store
+        .write(&format!("{}/mtu", vif.frontend_folder()), "1500");
+    bench.settle();
+    bench
+        .store
+        .fail_next(xenstore::wire::kind::READ, "/0/state", "EIO");
+    backend.set_state(4);
+    bench.pass(second());
+    assert!(bench.carrier);
+    // What could not be read is read again.
+    bench
+        .store
+        .fail_next(xenstore::wire::kind::DIRECTORY, "device/vif", "ENOMEM");
+    bench.toolstack.finish_detach(&vif);
+    bench.pass(second() * 2);
+    assert!(!bench.uplink_rings);
+    assert_eq!(bench.plane.uplink().backend, None);
+}
+
+#[test]
+fn a_device_that_we_may_not_write_is_tried_rarely() {
+    let (mut bench, vif, backend) = attached();
+    let state = format!("{}/state", vif.frontend_folder());
+    bench
+        .store
+        .create(&state, "1", NETVM, &[(SELF, Access::Read)], Access::None);
+    backend.offer();
+    let before = bench.store.requests(SELF);
+    bench.pass(Duration::from_secs(600));
+    let requests = bench.store.requests(SELF) - before;
+    assert!(requests < 600 * 10, "{requests}");
+    assert!(bench.prepares < 200, "{}", bench.prepares);
+    assert!(!bench.uplink_rings);
+}
+
+#[test]
+fn the_device_with_the_lowest_handle_is_the_uplink() {
+    let mut bench = Bench::uplink();
+    let late = VifConfig::new(NETVM, SELF, 3);
+    bench.toolstack.attach(&late);
+    FakeBackend::new(bench.store.clone(), late.clone()).offer();
+    bench.settle();
+    assert!(matches!(bench.uplink_events[0], UplinkEvent::Prepare(offer) if offer.handle == 3));
+    let first = VifConfig::new(NETVM, SELF, 1);
+    bench.toolstack.attach(&first);
+    FakeBackend::new(bench.store.clone(), first).offer();
+    bench.settle();
+    assert!(
+        matches!(bench.uplink_events[1..], [UplinkEvent::Disconnect, UplinkEvent::Prepare(offer)]
+        if offer.handle == 1)
+    );
+}

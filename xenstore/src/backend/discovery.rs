@@ -148,6 +148,10 @@ impl Discovery {
                 Hint::Junk => {}
             }
         }
+        // The usual case first: events have named the device, and its task starts while the folders are listed.
+        for place in devices {
+            self.consider(place).await;
+        }
         if root {
             let listed = self.list(ROOT).await;
             self.touch_absent(|&(client, _)| !listed.contains(&client.0));
@@ -160,10 +164,9 @@ impl Discovery {
             );
         }
         for client in clients {
-            devices.extend(self.devices_of(client).await);
-        }
-        for place in devices {
-            self.consider(place).await;
+            for place in self.devices_of(client).await {
+                self.consider(place).await;
+            }
         }
     }
 

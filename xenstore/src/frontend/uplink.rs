@@ -67,14 +67,16 @@ pub(crate) async fn run(store: Store, uplink: Rc<Uplink>) {
         complaint: None,
     };
     loop {
-        uplink.forget();
         let (device, state) = finder.find().await;
         info!(
             "uplink: device {} at domain {}",
             device.handle, device.backend
         );
         let session = Session::new(finder.store.clone(), Rc::clone(&uplink), device, state);
-        if session.serve(&finder.watch).await == Ended::Lost {
+        let ended = session.serve(&finder.watch).await;
+        uplink.forget();
+        // Had the device been removed, the event would be here already.
+        if ended == Ended::Lost && !finder.watch.is_dirty() {
             finder.store.sleep(PAUSE).await;
         }
     }
@@ -172,6 +174,8 @@ struct Session {
     stale: bool,
     /// On the backend's state.
     watch: Option<Watch>,
+    /// When to look again whether the device is the same.
+    look_again: Option<Time>,
     /// When to read the backend's state again, which the store could not tell.
     read_again: Option<Time>,
     /// When the backend's time for the current step is over.
@@ -203,6 +207,7 @@ impl Session {
             carrier: false,
             stale: false,
             watch: None,
+            look_again: None,
             read_again: None,
             expires: None,
             retry_at: None,
@@ -297,13 +302,20 @@ impl Session {
 
     /// Checks that the device is still the same one, when anything below our devices changed.
     async fn look_at_device(&mut self, devices: &Watch) -> Result<(), Ended> {
-        if !devices.is_dirty() {
+        let again = self.look_again.is_some_and(|time| time <= self.store.now());
+        if !devices.is_dirty() && !again {
             return Ok(());
         }
         let _ = devices.take();
-        let found = first_device(&self.store).await;
-        let Ok(Some((device, state))) = found else {
-            return Err(Ended::Replaced);
+        self.look_again = None;
+        let (device, state) = match first_device(&self.store).await {
+            Ok(Some(found)) => found,
+            Ok(None) => return Err(Ended::Replaced),
+            Err(_) => {
+                // The store's own trouble, or a device that is not complete: no reason to let go of this one yet.
+                self.look_again = Some(self.store.now().plus(BACK_OFF_FIRST));
+                return Ok(());
+            }
         };
         // State 1 while ours is another: the toolstack has made a new device, maybe at the same backend.
         let reset = state == XenbusState::Initialising && self.own != XenbusState::Initialising;
@@ -362,6 +374,7 @@ impl Session {
             self.expires,
             self.retry_at,
             self.slow_at(),
+            self.look_again,
             self.read_again,
             Some(next_reaction),
         ];
@@ -570,13 +583,12 @@ impl Session {
             }
             Err(reason) => {
                 // A device that is gone cannot be written: its parent belongs to dom0.
-                if matches!(
+                if !matches!(
                     reason,
                     Error::Refused(ErrorCode::NotFound | ErrorCode::AccessDenied)
                 ) {
-                    return Err(Ended::Replaced);
+                    self.say(|| error!("uplink: cannot write the state: {reason}"));
                 }
-                self.say(|| error!("uplink: cannot write the state: {reason}"));
                 Err(Ended::Lost)
             }
         }

@@ -20,6 +20,7 @@
 
 pub mod caller;
 pub mod dom0;
+pub mod linux;
 pub mod qrexec;
 pub mod qubesdb;
 pub mod scenario;

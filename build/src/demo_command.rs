@@ -91,7 +91,13 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &DemoArguments) ->
 /// Draws who is connected to whom.
 fn draw(memory: u32) {
     let [dns, _] = VIRTUAL_DNS;
-    anstream::println!("{}", paint(BOLD, "Portcullis between two clients and a network, on Xen in QEMU"));
+    anstream::println!(
+        "{}",
+        paint(
+            BOLD,
+            "Portcullis between two clients and a network, on Xen in QEMU"
+        )
+    );
     anstream::println!(
         "
    c1 10.137.0.6 ──┐
@@ -118,13 +124,28 @@ fn farewell(world: &LabWorld) -> Result<()> {
     let seen = snapshot(world)?;
     anstream::println!("\n{}", paint(BOLD, "What the firewall counted"));
     let row = |name: &str, value: String| anstream::println!("  {name:<34} {value:>14}");
-    row("frames to the uplink", seen.counter("loop.to-uplink").to_string());
-    row("frames to clients", seen.counter("loop.to-clients").to_string());
+    row(
+        "frames to the uplink",
+        seen.counter("loop.to-uplink").to_string(),
+    );
+    row(
+        "frames to clients",
+        seen.counter("loop.to-clients").to_string(),
+    );
     row("hypercalls", seen.counter("xen.hypercalls").to_string());
-    row("bytes moved by grant copy", size(seen.counter("xen.copy-bytes")));
-    row("flows started", seen.counter("engine.flows-created").to_string());
+    row(
+        "bytes moved by grant copy",
+        size(seen.counter("xen.copy-bytes")),
+    );
+    row(
+        "flows started",
+        seen.counter("engine.flows-created").to_string(),
+    );
     for reason in seen.drops.iter().filter(|reason| reason.value > 0) {
-        row(&format!("dropped: {}", reason.name), reason.value.to_string());
+        row(
+            &format!("dropped: {}", reason.name),
+            reason.value.to_string(),
+        );
     }
     row("heap in use", size(seen.memory.heap_used_bytes));
     let up = std::time::Duration::from_nanos(seen.uptime_nanos);

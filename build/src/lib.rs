@@ -7,9 +7,14 @@
 #![forbid(unsafe_code)]
 
 pub mod assets;
+pub mod claims;
+pub mod demo_command;
 pub mod host;
 pub mod image;
 pub mod lab;
 pub mod lab_command;
+pub mod observe;
+pub mod scenario;
 pub mod screen;
+pub mod test_command;
 pub mod workspace;

@@ -4,10 +4,12 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use xtask::demo_command::{self, DemoArguments};
 use xtask::host::Unusable;
 use xtask::image::{self, ImageArguments};
 use xtask::lab_command::{self, LabArguments};
 use xtask::screen::{BAD, Screen, paint};
+use xtask::test_command::{self, TestArguments};
 use xtask::workspace::Workspace;
 
 /// Status when a check failed.
@@ -27,6 +29,11 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Shows the main job: real guests, real traffic, step by step.
+    Demo(DemoArguments),
+    /// Runs every test, on the host and in the lab, with one summary.
+    #[command(visible_alias = "ci")]
+    Test(TestArguments),
     /// Builds the bootable image and says what it is.
     Image(ImageArguments),
     /// Boots Xen in QEMU with a firewall and clients, and gives you its dom0 shell.
@@ -37,6 +44,8 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let screen = Screen::new();
     let outcome = Workspace::find().and_then(|workspace| match &arguments.command {
+        Command::Demo(arguments) => demo_command::run(&workspace, &screen, arguments),
+        Command::Test(arguments) => test_command::run(&workspace, &screen, arguments),
         Command::Image(arguments) => image::run(&workspace, &screen, arguments),
         Command::Lab(arguments) => lab_command::run(&workspace, &screen, arguments),
     });

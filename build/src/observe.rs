@@ -59,8 +59,16 @@ mod tests {
 
     #[test]
     fn a_snapshot_with_a_missing_line_is_refused() {
-        let text = format!("{BEGIN_MARK} 65\n{DATA_MARK}{}\n{END_MARK}\n", "00".repeat(64));
-        assert!(read(&text).unwrap_err().to_string().contains("64 bytes of 65"));
+        let text = format!(
+            "{BEGIN_MARK} 65\n{DATA_MARK}{}\n{END_MARK}\n",
+            "00".repeat(64)
+        );
+        assert!(
+            read(&text)
+                .unwrap_err()
+                .to_string()
+                .contains("64 bytes of 65")
+        );
         assert!(read("status page").is_err());
     }
 }

@@ -9,9 +9,14 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use serde::Serialize;
 
+use kernel::snapshot::DATA_MARK;
+
 use crate::claims::{Claim, NotSo};
 use crate::lab::world::LabWorld;
 use crate::screen::{BAD, BOLD, DIM, GOOD, Screen, WARN, paint, seconds};
+
+/// Lines of the firewall's console that are shown with a claim that failed.
+const LAST_WORDS: usize = 16;
 
 /// How a check ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -141,7 +146,13 @@ impl Report {
         let result = check();
         let outcome = Outcome::of(&result);
         let held = outcome == Outcome::Success;
-        self.add(group, name, outcome, begun.elapsed(), result.unwrap_or_default());
+        self.add(
+            group,
+            name,
+            outcome,
+            begun.elapsed(),
+            result.unwrap_or_default(),
+        );
         held
     }
 
@@ -154,7 +165,9 @@ impl Report {
         claim: &Claim,
     ) -> bool {
         let step = (!self.quiet).then(|| screen.step(claim.title));
-        let held = self.check(group, claim.name, || (claim.check)(world));
+        let held = self.check(group, claim.name, || {
+            (claim.check)(world).map_err(|error| with_last_words(world, error))
+        });
         if let Some(step) = step {
             step.forget();
         }
@@ -202,7 +215,10 @@ impl Report {
             let name = format!("{}/{}", entry.group, entry.name);
             let reason = match &entry.outcome {
                 Outcome::Success => "",
-                other => other.reason().and_then(|reason| reason.lines().next()).unwrap_or(""),
+                other => other
+                    .reason()
+                    .and_then(|reason| reason.lines().next())
+                    .unwrap_or(""),
             };
             anstream::println!(
                 "  {} {name:<width$} {:>9}  {reason}",
@@ -211,7 +227,10 @@ impl Report {
             );
         }
         let count = |wanted: fn(&Outcome) -> bool| {
-            self.entries.iter().filter(|entry| wanted(&entry.outcome)).count()
+            self.entries
+                .iter()
+                .filter(|entry| wanted(&entry.outcome))
+                .count()
         };
         anstream::println!("  in {}", seconds(total));
         anstream::println!(
@@ -220,6 +239,26 @@ impl Report {
             count(|outcome| matches!(outcome, Outcome::Failure(_) | Outcome::Error(_))),
             count(|outcome| matches!(outcome, Outcome::Skip(_)))
         );
+    }
+}
+
+/// Adds what the firewall said last to the error of a claim, without hiding whose fault it is.
+fn with_last_words(world: &LabWorld, error: anyhow::Error) -> anyhow::Error {
+    let Ok(firewall) = world.firewall() else {
+        return error;
+    };
+    let said = firewall.console.text_from(0);
+    let lines: Vec<&str> = said
+        .lines()
+        .filter(|line| !line.starts_with(DATA_MARK))
+        .collect();
+    let from = lines.len().saturating_sub(LAST_WORDS);
+    let last = lines.get(from..).unwrap_or_default().join("\n");
+    let text = format!("{error:#}\nthe firewall said last:\n{last}");
+    if error.is::<NotSo>() {
+        NotSo(text).into()
+    } else {
+        anyhow::anyhow!(text)
     }
 }
 
@@ -240,7 +279,11 @@ mod tests {
             Ok(Vec::new())
         }));
         assert!(!report.check("t", "broken", || anyhow::bail!("no lab")));
-        let outcomes: Vec<_> = report.entries().iter().map(|entry| entry.outcome.word()).collect();
+        let outcomes: Vec<_> = report
+            .entries()
+            .iter()
+            .map(|entry| entry.outcome.word())
+            .collect();
         assert_eq!(outcomes, ["SUCCESS", "SKIP", "FAILURE", "ERROR"]);
         assert!(!report.is_good());
     }

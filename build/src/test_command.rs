@@ -108,7 +108,14 @@ impl Run<'_> {
             self.cargo_component("format", "fmt", &["--all", "--check"]);
         }
         if self.wants("lint") {
-            let arguments = ["--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
+            let arguments = [
+                "--workspace",
+                "--all-targets",
+                "--quiet",
+                "--",
+                "-D",
+                "warnings",
+            ];
             self.cargo_component("lint", "clippy", &arguments);
         }
         if self.wants("cargo-test") {
@@ -137,7 +144,9 @@ impl Run<'_> {
         }
         let step = self.screen.step(format!("Running cargo {component}"));
         self.report.check("host", name, || {
-            let words: Vec<&str> = std::iter::once(component).chain(arguments.iter().copied()).collect();
+            let words: Vec<&str> = std::iter::once(component)
+                .chain(arguments.iter().copied())
+                .collect();
             let output = cargo(&root, &words)?;
             must(output.good, || last_lines(&output.text, 60))?;
             Ok(Vec::new())
@@ -202,7 +211,9 @@ impl Run<'_> {
             .iter()
             .chain(claims::MORE)
             .any(|claim| self.wants(claim.name))
-            || ["boot", "small", "panic"].iter().any(|name| self.wants(name))
+            || ["boot", "small", "panic"]
+                .iter()
+                .any(|name| self.wants(name))
     }
 
     fn start(&self, base: &Base, image: &Path, memory: Option<u32>) -> Result<LabWorld> {
@@ -232,7 +243,8 @@ impl Run<'_> {
         }
         let Some(mut world) = self.boot(base, &image.path, "boot", None) else {
             for claim in wanted {
-                self.report.skip("lab", claim.name, "the lab did not come up");
+                self.report
+                    .skip("lab", claim.name, "the lab did not come up");
             }
             return;
         };
@@ -283,7 +295,8 @@ impl Run<'_> {
             Ok(image) => image.path,
             Err(error) => {
                 let outcome = Outcome::Error(format!("{error:#}"));
-                self.report.add("lab", "panic", outcome, Duration::ZERO, Vec::new());
+                self.report
+                    .add("lab", "panic", outcome, Duration::ZERO, Vec::new());
                 return;
             }
         };
@@ -338,9 +351,10 @@ fn crash_and_read(world: &mut LabWorld) -> Result<Vec<String>> {
             }
             std::thread::sleep(Duration::from_millis(100));
         }
-        must(state.as_ref().is_some_and(|state| state.contains('c')), || {
-            format!("{command}: the domain is not crashed but {state:?}")
-        })?;
+        must(
+            state.as_ref().is_some_and(|state| state.contains('c')),
+            || format!("{command}: the domain is not crashed but {state:?}"),
+        )?;
         world.stop_firewall()?;
         world.start_firewall()?;
     }

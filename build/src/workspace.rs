@@ -51,6 +51,12 @@ impl Workspace {
         Ok(Self { root, target })
     }
 
+    /// A workspace whose folders are known.
+    #[must_use]
+    pub fn at(root: PathBuf, target: PathBuf) -> Self {
+        Self { root, target }
+    }
+
     /// The folder of the workspace's `Cargo.toml`.
     #[must_use]
     pub fn root(&self) -> &Path {

@@ -22,7 +22,12 @@ const TO_FIREWALL: &str = "feffffffffff00163e5e6c06";
 fn frames(world: &mut LabWorld) -> Result<Vec<String>> {
     // Source 10.137.0.6 in each; what is wrong with it, and the reason that it must be counted under.
     let cases = [
-        ("an unknown protocol", "88b5", "0102030405060708090a0b0c0d0e0f1011121314151617181920", "not-ip"),
+        (
+            "an unknown protocol",
+            "88b5",
+            "0102030405060708090a0b0c0d0e0f1011121314151617181920",
+            "not-ip",
+        ),
         ("IPv4 cut short", "0800", "450000280000", "malformed-ipv4"),
         (
             "a wrong IPv4 header checksum",
@@ -38,7 +43,9 @@ fn frames(world: &mut LabWorld) -> Result<Vec<String>> {
     }
     for client in ["c1", "c2"] {
         let ping = world.run(client, &format!("ping -c 1 -W 5 {WEB}"), PROBE)?;
-        must(ping.is_success(), || format!("{client} cannot ping: {}", ping.stdout))?;
+        must(ping.is_success(), || {
+            format!("{client} cannot ping: {}", ping.stdout)
+        })?;
     }
     let after = snapshot(world)?;
     let mut seen = Vec::new();

@@ -54,7 +54,9 @@ impl Flow {
         // What was written before this moment is no sign of life.
         while let Progress::Wrote(_) = self.job.next(Duration::from_millis(1))? {}
         let ticks = self.ticks(patience)?;
-        must(ticks > 0, || format!("the other client's download stalled {when}"))
+        must(ticks > 0, || {
+            format!("the other client's download stalled {when}")
+        })
     }
 
     fn stop(self) -> Result<()> {
@@ -64,7 +66,9 @@ impl Flow {
 
 fn ping(world: &LabWorld, client: &str) -> Result<()> {
     let output = world.run(client, &format!("ping -c 1 -W 10 {WEB}"), PROBE)?;
-    must(output.is_success(), || format!("{client} cannot ping: {}", output.stdout))
+    must(output.is_success(), || {
+        format!("{client} cannot ping: {}", output.stdout)
+    })
 }
 
 /// A client leaves and returns, another is created, and nobody notices.
@@ -101,7 +105,9 @@ fn hotplug(world: &mut LabWorld) -> Result<Vec<String>> {
 /// Hypervisor resources that clients hold: mappings, and watches.
 fn held(world: &LabWorld) -> Result<(u64, u64, u64, usize)> {
     let seen = snapshot(world)?;
-    let maps = seen.counter("xen.maps").saturating_sub(seen.counter("xen.unmaps"));
+    let maps = seen
+        .counter("xen.maps")
+        .saturating_sub(seen.counter("xen.unmaps"));
     Ok((
         maps,
         seen.counter("store.watches"),
@@ -138,11 +144,12 @@ fn client_destroyed(world: &mut LabWorld) -> Result<Vec<String>> {
         || format!("(mappings, watches, pool, clients): {before:?} before, {after:?} after"),
     )?;
     let folder = format!("{}/backend", world.firewall()?.xenstore());
-    let left = world.lab.run(&format!("xenstore-ls -f {folder} | grep -c state"), PROBE)?;
-    must(
-        left.stdout.trim() == before.3.to_string(),
-        || format!("backend folders left: {}", left.stdout.trim()),
-    )?;
+    let left = world
+        .lab
+        .run(&format!("xenstore-ls -f {folder} | grep -c state"), PROBE)?;
+    must(left.stdout.trim() == before.3.to_string(), || {
+        format!("backend folders left: {}", left.stdout.trim())
+    })?;
     Ok(vec![format!(
         "mappings {} → {} → {}, watches {} → {} → {}",
         before.0, with.0, after.0, before.1, with.1, after.1
@@ -163,16 +170,25 @@ fn client_reboots(world: &mut LabWorld) -> Result<Vec<String>> {
         "d=$(basename $(readlink /sys/class/net/eth0/device)); cd /sys/bus/xen/drivers/vif && echo $d > unbind && sleep 1 && echo $d > bind",
         PROBE,
     )?;
-    must(output.is_success(), || format!("unbind and bind: {}", output.stdout))?;
+    must(output.is_success(), || {
+        format!("unbind and bind: {}", output.stdout)
+    })?;
     world.wait_for_link("c2")?;
     ping(world, "c2")?;
     let after = snapshot(world)?;
-    let maps = after.counter("xen.maps").saturating_sub(before.counter("xen.maps"));
-    let unmaps = after.counter("xen.unmaps").saturating_sub(before.counter("xen.unmaps"));
+    let maps = after
+        .counter("xen.maps")
+        .saturating_sub(before.counter("xen.maps"));
+    let unmaps = after
+        .counter("xen.unmaps")
+        .saturating_sub(before.counter("xen.unmaps"));
     must(maps == 2 && unmaps == 2, || {
         format!("{maps} pages mapped, {unmaps} unmapped, not 2 and 2")
     })?;
-    Ok(vec![format!("closed and connected again in {} ms of guest time", output.guest_ms)])
+    Ok(vec![format!(
+        "closed and connected again in {} ms of guest time",
+        output.guest_ms
+    )])
 }
 
 /// The uplink goes and comes back.
@@ -185,8 +201,14 @@ pub const UPLINK_REATTACHED: Claim = Claim {
 fn uplink_reattached(world: &mut LabWorld) -> Result<Vec<String>> {
     let firewall = world.firewall()?.clone();
     let detached = world.lab.detach(&firewall, 0)?;
-    must(detached.is_success(), || format!("xl network-detach: {}", detached.stdout))?;
-    let without = world.run("c1", &format!("lab connect {WEB} 80 --timeout-ms 2000"), PROBE)?;
+    must(detached.is_success(), || {
+        format!("xl network-detach: {}", detached.stdout)
+    })?;
+    let without = world.run(
+        "c1",
+        &format!("lab connect {WEB} 80 --timeout-ms 2000"),
+        PROBE,
+    )?;
     must(without.value("icmp") == Some("3/0"), || {
         format!("without an uplink: {}", without.stdout.trim())
     })?;
@@ -197,7 +219,9 @@ fn uplink_reattached(world: &mut LabWorld) -> Result<Vec<String>> {
         .and_then(|domain| domain.vifs.into_iter().next())
         .context("the firewall has no uplink")?;
     let attached = world.lab.attach(&firewall, &vif)?;
-    must(attached.is_success(), || format!("xl network-attach: {}", attached.stdout))?;
+    must(attached.is_success(), || {
+        format!("xl network-attach: {}", attached.stdout)
+    })?;
     let begun = Instant::now();
     let deadline = world.lab.patience(Duration::from_secs(20));
     while let Err(error) = ping(world, "c1") {
@@ -251,7 +275,9 @@ fn shutdown(world: &mut LabWorld) -> Result<Vec<String>> {
         format!("xl shutdown -w: {} ms, {}", output.guest_ms, output.stdout)
     })?;
     let state = world.lab.state("fw")?;
-    must(state.is_none(), || format!("the domain is still there: {state:?}"))?;
+    must(state.is_none(), || {
+        format!("the domain is still there: {state:?}")
+    })?;
     world.forget_firewall();
     for client in clients(world) {
         world.detach(&client)?;

@@ -117,10 +117,17 @@ fn isolation(world: &mut LabWorld) -> Result<Vec<String>> {
     must(!c2_saw.contains("4242"), || {
         format!("c1's packets reached c2:\n{c2_saw}")
     })?;
-    let c1: std::net::IpAddr = world.topology().client("c1").context("c1 is gone")?.ip.into();
+    let c1: std::net::IpAddr = world
+        .topology()
+        .client("c1")
+        .context("c1 is gone")?
+        .ip
+        .into();
     let grown = |reason: &str| {
         let count = |snapshot: &kernel::snapshot::Snapshot| {
-            snapshot.client(c1).map_or(0, |client| client.dropped(reason))
+            snapshot
+                .client(c1)
+                .map_or(0, |client| client.dropped(reason))
         };
         (
             after.dropped(reason).saturating_sub(before.dropped(reason)),
@@ -129,7 +136,10 @@ fn isolation(world: &mut LabWorld) -> Result<Vec<String>> {
     };
     let (spoofed, spoofed_c1) = grown("spoofed-source");
     must(spoofed == 2 * FORGED && spoofed_c1 == 2 * FORGED, || {
-        format!("spoofed-source grew by {spoofed} (c1: {spoofed_c1}), not by {}", 2 * FORGED)
+        format!(
+            "spoofed-source grew by {spoofed} (c1: {spoofed_c1}), not by {}",
+            2 * FORGED
+        )
     })?;
     let (to_client, to_client_c1) = grown("to-client");
     must(to_client >= 1 && to_client_c1 == to_client, || {
@@ -137,7 +147,10 @@ fn isolation(world: &mut LabWorld) -> Result<Vec<String>> {
     })?;
     Ok(vec![
         format!("c1 to c2: no answer; drop reason to-client +{to_client}"),
-        format!("{} forged packets: none seen outside; drop reason spoofed-source +{spoofed}", 2 * FORGED),
+        format!(
+            "{} forged packets: none seen outside; drop reason spoofed-source +{spoofed}",
+            2 * FORGED
+        ),
     ])
 }
 
@@ -164,8 +177,12 @@ fn change_rules(world: &mut LabWorld) -> Result<Vec<String>> {
     let talk = |address: std::net::Ipv4Addr| {
         format!("(while :; do echo tick; sleep 0.2; done) | nc {address} {ECHO_PORT}")
     };
-    let mut doomed = world.guest("c1")?.start(&talk(ECHO), Duration::from_secs(120))?;
-    let mut spared = world.guest("c1")?.start(&talk(BLOCKED), Duration::from_secs(120))?;
+    let mut doomed = world
+        .guest("c1")?
+        .start(&talk(ECHO), Duration::from_secs(120))?;
+    let mut spared = world
+        .guest("c1")?
+        .start(&talk(BLOCKED), Duration::from_secs(120))?;
     let patience = world.lab.patience(PROBE);
     doomed.wait_output("tick", patience)?;
     spared.wait_output("tick", patience)?;
@@ -192,11 +209,16 @@ fn change_rules(world: &mut LabWorld) -> Result<Vec<String>> {
     std::thread::sleep(world.lab.patience(Duration::from_millis(500)));
     let again = world.run("c1", &connect(ECHO), PROBE)?;
     must(again.value("result") == Some("connected"), || {
-        format!("c1 to {ECHO} after the change back: {}", again.stdout.trim())
+        format!(
+            "c1 to {ECHO} after the change back: {}",
+            again.stdout.trim()
+        )
     })?;
     Ok(vec![
         "new connections refused, then allowed again".to_owned(),
-        format!("the running connection that became forbidden was cut; the other carried {alive} bytes meanwhile"),
+        format!(
+            "the running connection that became forbidden was cut; the other carried {alive} bytes meanwhile"
+        ),
     ])
 }
 
@@ -239,10 +261,14 @@ fn bad_rules(world: &mut LabWorld) -> Result<Vec<String>> {
             .iter()
             .find(|rules| rules.address == std::net::IpAddr::V4(c1))
             .and_then(|rules| rules.error.clone());
-        must(error.as_ref().is_some_and(|error| error.contains("0001")), || {
-            format!("the snapshot does not name the rule: {error:?}")
-        })?;
-        Ok(vec![format!("c1 refused, c2 not; shown: {}", error.unwrap_or_default())])
+        must(
+            error.as_ref().is_some_and(|error| error.contains("0001")),
+            || format!("the snapshot does not name the rule: {error:?}"),
+        )?;
+        Ok(vec![format!(
+            "c1 refused, c2 not; shown: {}",
+            error.unwrap_or_default()
+        )])
     })();
     world.set_client_rules("c1", "drop", &[ACCEPT_ALL])?;
     result
@@ -263,11 +289,18 @@ fn missing_setting(world: &mut LabWorld) -> Result<Vec<String>> {
     let ping = world.run("c1", &format!("ping -c 1 -W 1 {WEB}"), PROBE)?;
     world.write_setting("qubes-ip", &FIREWALL.to_string())?;
     std::thread::sleep(world.lab.patience(Duration::from_millis(300)));
-    must(without.missing.iter().any(|name| name == "/qubes-ip"), || {
-        format!("missing settings shown: {:?}", without.missing)
+    must(
+        without.missing.iter().any(|name| name == "/qubes-ip"),
+        || format!("missing settings shown: {:?}", without.missing),
+    )?;
+    must(!ping.is_success(), || {
+        "a ping got out without an address".to_owned()
     })?;
-    must(!ping.is_success(), || "a ping got out without an address".to_owned())?;
     let again = world.run("c1", &format!("ping -c 1 -W 5 {WEB}"), PROBE)?;
-    must(again.is_success(), || format!("after it came back: {}", again.stdout))?;
-    Ok(vec!["without /qubes-ip nothing leaves and the snapshot names it; with it, traffic flows".into()])
+    must(again.is_success(), || {
+        format!("after it came back: {}", again.stdout)
+    })?;
+    Ok(vec![
+        "without /qubes-ip nothing leaves and the snapshot names it; with it, traffic flows".into(),
+    ])
 }

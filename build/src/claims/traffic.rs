@@ -43,9 +43,7 @@ fn nat(world: &mut LabWorld) -> Result<Vec<String>> {
         capture.kill()?;
         let frames = capture.wait()?.stdout;
         let as_firewall = format!("{FIREWALL} > {WEB}");
-        let requests = frames
-            .lines()
-            .filter(|line| line.contains("icmp type=8"));
+        let requests = frames.lines().filter(|line| line.contains("icmp type=8"));
         let (ours, others): (Vec<&str>, Vec<&str>) =
             requests.partition(|line| line.contains(&as_firewall));
         must(ours.len() >= 3 && others.is_empty(), || {
@@ -58,11 +56,7 @@ fn nat(world: &mut LabWorld) -> Result<Vec<String>> {
     }
     for client in clients(world) {
         let address = world.topology().client(&client).context("gone")?.ip;
-        let output = world.run(
-            &client,
-            &format!("lab udp {ECHO} {WHOAMI_PORT} who"),
-            PROBE,
-        )?;
+        let output = world.run(&client, &format!("lab udp {ECHO} {WHOAMI_PORT} who"), PROBE)?;
         let text = output.value("text").unwrap_or_default().to_owned();
         must(text.starts_with(&FIREWALL.to_string()), || {
             format!("a server saw {client} ({address}) as {text:?}")
@@ -118,9 +112,17 @@ fn download(world: &mut LabWorld) -> Result<Vec<String>> {
     let there = world
         .lab
         .ask(&format!("wget -q -O - {url} | sha256sum"), TRANSFER)?;
-    let there = there.split_whitespace().next().unwrap_or_default().to_owned();
+    let there = there
+        .split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .to_owned();
     for client in clients(world) {
-        let output = world.run(&client, &format!("wget -q -O - {url} | sha256sum"), TRANSFER)?;
+        let output = world.run(
+            &client,
+            &format!("wget -q -O - {url} | sha256sum"),
+            TRANSFER,
+        )?;
         let here = output.stdout.split_whitespace().next().unwrap_or_default();
         must(output.is_success() && here == there, || {
             format!("{client} got {here:?}, the server has {there:?}")
@@ -191,7 +193,10 @@ fn hypercalls(world: &mut LabWorld) -> Result<Vec<String>> {
 }
 
 fn upload_command() -> String {
-    format!("dd if=/dev/zero bs=65536 count={} 2>/dev/null | nc -w 20 {ECHO} {SINK_PORT}", UPLOAD_MIB * 16)
+    format!(
+        "dd if=/dev/zero bs=65536 count={} 2>/dev/null | nc -w 20 {ECHO} {SINK_PORT}",
+        UPLOAD_MIB * 16
+    )
 }
 
 /// A client's upload arrives at the far end.
@@ -213,7 +218,10 @@ fn upload(world: &mut LabWorld) -> Result<Vec<String>> {
     must(echoed.stdout == sum, || {
         format!("sent {}, got back {}", sum.trim(), echoed.stdout.trim())
     })?;
-    Ok(vec![format!("1 MiB there and back in {} ms", echoed.guest_ms)])
+    Ok(vec![format!(
+        "1 MiB there and back in {} ms",
+        echoed.guest_ms
+    )])
 }
 
 /// The firewall answers pings of its clients and offers nothing else.
@@ -231,7 +239,11 @@ fn ping_gateway(world: &mut LabWorld) -> Result<Vec<String>> {
         tcp.value("icmp") == Some("3/10") && tcp.value("from") == Some(&FIREWALL.to_string()),
         || format!("TCP to the firewall: {}", tcp.stdout),
     )?;
-    let dns = world.run("c1", &format!("lab udp {} 53 x --timeout-ms 100", internet::DNS), PROBE)?;
+    let dns = world.run(
+        "c1",
+        &format!("lab udp {} 53 x --timeout-ms 100", internet::DNS),
+        PROBE,
+    )?;
     // The real resolver is an ordinary destination: reached, whatever it makes of our nonsense.
     must(dns.value("result") != Some("refused"), || {
         format!("UDP to the real resolver: {}", dns.stdout)

@@ -10,14 +10,15 @@ pub mod elf;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
 use serde::Serialize;
 
 use crate::screen::{BOLD, Screen, paint};
-use crate::workspace::{Workspace, file_sha256};
+use crate::host::output_of;
+use crate::workspace::{Workspace, file_sha256, remove_folder};
 
 /// Arguments of `cargo xtask image`.
 #[derive(Debug, Args)]
@@ -107,6 +108,38 @@ pub fn prepare(workspace: &Workspace, screen: &Screen, variant: Variant) -> Resu
     };
     step.done(&format!("{} KiB", image.bytes.div_ceil(1024)));
     Ok(image)
+}
+
+/// Builds the image of a copy of this clone's files in another folder; returns its SHA-256.
+///
+/// # Errors
+///
+/// If the files cannot be copied, or as [`prepare`].
+pub fn prepare_elsewhere(workspace: &Workspace) -> Result<String> {
+    let place = workspace
+        .target()
+        .join("image-elsewhere/a copy with another path");
+    let root = place.join("source");
+    remove_folder(&root)?;
+    let listed = output_of(
+        Command::new("git")
+            .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+            .current_dir(workspace.root()),
+    )?;
+    for name in listed.lines() {
+        let (from, to) = (workspace.root().join(name), root.join(name));
+        if !from.is_file() {
+            continue;
+        }
+        if let Some(folder) = to.parent() {
+            fs::create_dir_all(folder)
+                .with_context(|| format!("cannot create {}", folder.display()))?;
+        }
+        fs::copy(&from, &to).with_context(|| format!("cannot write {}", to.display()))?;
+    }
+    let copy = Workspace::at(root, place.join("target"));
+    let screen = Screen::new().silenced();
+    prepare(&copy, &screen, Variant::Normal).map(|image| image.sha256)
 }
 
 /// Writes a file that appears whole or not at all, and not at all anew if its content is the same.

@@ -4,12 +4,12 @@
 //! free again as soon as its vif is disconnected; the tag of each connection is new, so that nothing of an old one
 //! is taken for the new one's.
 
-use alloc::collections::BTreeMap;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::net::IpAddr;
 
 use firewall::{ClientConfig, ClientId, Engine};
+use litemap::LiteMap;
 use netback::{ConnectParameters, FrontendFeatures, Vif};
 use netfront::{BackendFeatures, Uplink, UplinkParameters};
 use xen::{DomId, Hypervisor};
@@ -46,7 +46,7 @@ pub enum Change {
 /// The connected devices.
 #[derive(Debug, Default)]
 pub struct Devices {
-    clients: BTreeMap<VifId, Connected>,
+    clients: LiteMap<VifId, Connected>,
     uplink: Option<UplinkOffer>,
     connections: u16,
     /// Receive buffers to post towards the uplink.

@@ -13,7 +13,7 @@
 //! its client: visibly, in `rules` and with one log line. Committing the same tree again is a reload.
 
 use alloc::borrow::Cow;
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -23,6 +23,7 @@ use firewall::config::DEFAULT_MTU;
 use firewall::rule::{Action, RuleChain};
 use firewall::ruleset::{Compiler, HostPolicy, NoHosts, Progress, RuleEnvironment};
 use firewall::{Downstream, Engine, GATEWAY_MAC, MappedAddress, UplinkConfig};
+use litemap::LiteMap;
 use qubes::address_text::parse_canonical;
 use qubes::qubesdb::Sink;
 use qubes::reload::{Reload, ReloadProgress};
@@ -63,7 +64,7 @@ pub struct Settings {
     network: NetworkSettings,
     /// Our MAC address on the uplink while there is one.
     uplink_mac: Option<[u8; 6]>,
-    live: BTreeMap<IpAddr, Live>,
+    live: LiteMap<IpAddr, Live>,
     waiting: VecDeque<IpAddr>,
     job: Option<Job>,
     /// All existing settings have been seen once.
@@ -86,7 +87,7 @@ impl Settings {
             store: Store::default(),
             network: NetworkSettings::default(),
             uplink_mac: None,
-            live: BTreeMap::new(),
+            live: LiteMap::new(),
             waiting: VecDeque::new(),
             job: None,
             complete: false,

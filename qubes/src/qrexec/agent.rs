@@ -78,6 +78,8 @@ struct Control<C> {
     inbox: Inbox,
     send: Vec<u8>,
     sent: usize,
+    /// Something strange was logged on this channel.
+    complained: bool,
 }
 
 /// Collects messages of dom0.
@@ -252,6 +254,7 @@ impl<C: ByteStream> Agent<C> {
                 deadline: None,
             },
             Err(_) => {
+                log::warn!("qrexec: the control channel is over; advertising again");
                 self.tear_down(channels);
                 Activity::at(Some(self.retry_at))
             }
@@ -273,6 +276,7 @@ impl<C: ByteStream> Agent<C> {
                         },
                         send: Vec::new(),
                         sent: 0,
+                        complained: false,
                     });
                     return Activity::again();
                 }
@@ -349,7 +353,13 @@ impl<C: ByteStream> Agent<C> {
                     self.answer = Some(outgoing::refused());
                 }
             }
-            _ => bump(&mut self.counters.unexpected),
+            _ => {
+                bump(&mut self.counters.unexpected);
+                let complained = self.control.as_mut().map(|control| &mut control.complained);
+                if complained.is_some_and(|complained| !core::mem::replace(complained, true)) {
+                    log::warn!("qrexec: {kind:?} skipped; further ones are counted only");
+                }
+            }
         }
         Ok(())
     }
@@ -367,6 +377,10 @@ impl<C: ByteStream> Agent<C> {
         }
         self.pause = PAUSE_FIRST;
         bump(&mut self.counters.connections);
+        log::info!(
+            "qrexec: dom0 has connected, protocol {}",
+            version.min(VERSION)
+        );
         Ok(())
     }
 

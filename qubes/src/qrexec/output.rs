@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_has_the_documented_bytes() {
+    fn r9_both_streams_end_before_the_exit_code() {
         let mut output = Output::new(false);
         output.stdout().write_str("o").unwrap();
         output.stdout().write_str("k").unwrap();

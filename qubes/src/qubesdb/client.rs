@@ -79,6 +79,8 @@ pub struct Client {
     send: Vec<u8>,
     sent: usize,
     counters: Counters,
+    /// Something strange was logged on this connection.
+    complained: bool,
 }
 
 impl Client {
@@ -103,12 +105,14 @@ impl Client {
                 unexpected: 0,
                 unacknowledged: 0,
             },
+            complained: false,
         }
     }
 
     /// A new connection: asks for the dump.
     pub fn connected(&mut self, sink: &mut impl Sink) {
         self.disconnected();
+        self.complained = false;
         message::push_dump_request(&mut self.send);
         self.state = State::Syncing;
         self.counters.dumps_started = self.counters.dumps_started.wrapping_add(1);
@@ -192,6 +196,7 @@ impl Client {
                 outbox: &mut self.outbox,
                 counters: &mut self.counters,
                 send: &mut self.send,
+                complained: &mut self.complained,
             }
             .handle(&header, message.value, sink);
         }
@@ -238,16 +243,17 @@ struct Handler<'a> {
     outbox: &'a mut Outbox,
     counters: &'a mut Counters,
     send: &'a mut Vec<u8>,
+    complained: &'a mut bool,
 }
 
 impl Handler<'_> {
     fn handle(&mut self, header: &Header, value: &[u8], sink: &mut impl Sink) {
         let Some(path) = header.path() else {
-            bump(&mut self.counters.unexpected);
-            return;
+            return self.skip(header, "a path that is no text");
         };
         if value == super::OVERSIZE_VALUE {
             bump(&mut self.counters.oversize);
+            self.complain(header, "a value that is too long");
         }
         match (header.kind, *self.state) {
             (Kind::Entry, State::Syncing) if path.is_empty() => {
@@ -283,8 +289,22 @@ impl Handler<'_> {
             }
             (Kind::Error, State::Ready) if self.outbox.answered(path, false) => {
                 bump(&mut self.counters.refused);
+                self.complain(header, "our operation was refused");
             }
-            _ => bump(&mut self.counters.unexpected),
+            _ => self.skip(header, "nothing that belongs here"),
+        }
+    }
+
+    fn skip(&mut self, header: &Header, why: &str) {
+        bump(&mut self.counters.unexpected);
+        self.complain(header, why);
+    }
+
+    /// Logs the first strange thing on a connection.
+    fn complain(&mut self, header: &Header, why: &str) {
+        if !core::mem::replace(self.complained, true) {
+            let (kind, path) = (header.kind, header.path().unwrap_or_default());
+            log::warn!("qubesdb: {kind:?} {path:?}: {why}; further ones are counted only");
         }
     }
 

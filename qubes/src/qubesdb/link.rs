@@ -78,15 +78,19 @@ impl<C: ByteStream> Link<C> {
             self.greeted = true;
             self.client.connected(sink);
         }
+        let was_ready = self.client.is_ready();
         // A channel that the peer closed still gives what arrived before; then the stream says that it is over.
         let polled = self.client.poll(channel, sink);
         channels.flush(channel);
-        if self.client.is_ready() {
+        if self.client.is_ready() && !was_ready {
             self.pause = PAUSE_FIRST;
+            let counters = self.client.counters();
+            log::info!("qubesdb: in step with dom0 (dump {})", counters.dumps);
         }
         match polled {
             Ok(activity) => activity,
             Err(_) => {
+                log::warn!("qubesdb: dom0 has closed; what is in force stays, connecting again");
                 self.close(channels);
                 Activity::at(Some(self.retry_at))
             }

@@ -69,6 +69,43 @@ fn life_of_a_firewall() {
 }
 
 #[test]
+fn s9_step_4_the_first_dump_takes_effect_as_a_whole() {
+    let mut world = world();
+    world.dom0.qubesdb.set_pace(50);
+    world.run(
+        "network fw 10.137.0.5 10.137.0.4 00:16:3e:5e:6c:00\nrules 10.137.0.9\n0000 action=accept",
+    );
+    while !world.dom0.qubesdb.is_synced() {
+        assert!(
+            world.vm().store.get("/qubes-ip").is_none(),
+            "not before the end of the dump"
+        );
+        assert_eq!(enforced(&mut world, "10.137.0.9"), None);
+        world.step();
+    }
+    world.steps(2);
+    assert_eq!(world.vm().store.get("/qubes-ip"), Some(&b"10.137.0.5"[..]));
+    assert_eq!(
+        enforced(&mut world, "10.137.0.9"),
+        Some(Some(1)),
+        "a dump commits what is in it"
+    );
+}
+
+#[test]
+fn s9_step_6_qrexec_greets_without_waiting_for_anything_else() {
+    let mut world = world();
+    // QubesDB never comes: its daemon is not polled.
+    for _ in 0..5 {
+        world.step_vm();
+        world.dom0.qrexec.poll(&mut world.machine.dom0).unwrap();
+        world.machine.net.pass(Duration::from_millis(1));
+    }
+    assert!(world.dom0.qrexec.is_connected());
+    assert!(!world.vm().link.is_ready());
+}
+
+#[test]
 fn calls_of_every_kind() {
     for greeting in [Greeting::Echo, Greeting::Version(3), Greeting::Version(2)] {
         let mut world = world_with(greeting);

@@ -20,7 +20,6 @@
 //!
 //! Source: Xen `public/io/netif.h`, `public/io/xenbus.h`; libxl's expectations of a backend in a driver domain.
 
-use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::rc::Rc;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -32,6 +31,7 @@ use core::time::Duration;
 use xen::{DomId, GrantRef, PortNumber};
 
 use crate::state::XenbusState;
+use crate::table::Table;
 
 mod device;
 mod discovery;
@@ -188,9 +188,9 @@ impl VifCell {
 /// All vifs that have a task.
 #[derive(Default)]
 pub(crate) struct Vifs {
-    by_place: RefCell<BTreeMap<Place, Rc<VifCell>>>,
+    by_place: RefCell<Table<Place, Rc<VifCell>>>,
     /// Places whose task ended and where a new device may be already.
-    recheck: RefCell<BTreeSet<Place>>,
+    recheck: RefCell<Table<Place, ()>>,
     /// A task ended because the store failed; its device may still be there.
     lost: Cell<bool>,
     last_generation: Cell<u32>,
@@ -232,7 +232,7 @@ impl Vifs {
         let place = (device.client, device.handle);
         self.by_place.borrow_mut().remove(&place);
         if recheck {
-            self.recheck.borrow_mut().insert(place);
+            self.recheck.borrow_mut().insert(place, ());
         }
     }
 

@@ -12,7 +12,7 @@
 //! Source: Xen `docs/misc/xenstore.txt`, `docs/misc/xenstore-ring.txt`.
 
 use alloc::borrow::ToOwned;
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
@@ -21,6 +21,7 @@ use core::time::Duration;
 use xen::Time;
 use xen::stream::ByteStream;
 
+use crate::table::Table;
 use crate::wire::{self, Decoder, Encoded, ErrorCode, Message, Request, RequestError, kind};
 use crate::{MAX_HINT_LEN, MAX_HINTS, MAX_OUTSTANDING, MAX_QUEUED, MAX_WATCHES, SILENCE_LIMIT};
 
@@ -180,10 +181,10 @@ pub struct Client {
     output: Vec<u8>,
     output_done: usize,
     queue: VecDeque<u32>,
-    pending: BTreeMap<u32, Pending>,
+    pending: Table<u32, Pending>,
     outstanding: usize,
     last_request: u32,
-    watches: BTreeMap<u32, Watch>,
+    watches: Table<u32, Watch>,
     last_watch: u32,
     silence: Duration,
     last_pump: Option<Time>,
@@ -236,7 +237,7 @@ impl Client {
         let mut id = self.last_request;
         loop {
             id = id.wrapping_add(1);
-            if id != 0 && !self.pending.contains_key(&id) {
+            if id != 0 && !self.pending.contains(&id) {
                 return id;
             }
         }
@@ -296,7 +297,7 @@ impl Client {
         let mut id = self.last_watch;
         loop {
             id = id.wrapping_add(1);
-            if !self.watches.contains_key(&id) {
+            if !self.watches.contains(&id) {
                 return id;
             }
         }

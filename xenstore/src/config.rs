@@ -28,7 +28,7 @@
 //! [`ConfigEvent::Unusable`], other keys that do are left out with a log line. Re-reading is
 //! merged: at most one reading is in flight.
 
-use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use alloc::collections::VecDeque;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -41,6 +41,7 @@ use crate::MAX_OUTSTANDING;
 use crate::client::Dirty;
 use crate::control_plane::Event;
 use crate::store::{Error, Reply, Store, Watch};
+use crate::table::Table;
 use crate::wire::ErrorCode;
 
 /// How long a rule tree must have been quiet before it is read.
@@ -205,8 +206,8 @@ struct Reader {
     root: &'static str,
     watch: Watch,
     /// Keys outside of rule trees that were delivered, as spelled in the store below the root.
-    keys: BTreeSet<String>,
-    trees: BTreeMap<String, Tree>,
+    keys: Table<String, ()>,
+    trees: Table<String, Tree>,
 }
 
 impl Reader {
@@ -215,8 +216,8 @@ impl Reader {
             store,
             root,
             watch,
-            keys: BTreeSet::new(),
-            trees: BTreeMap::new(),
+            keys: Table::new(),
+            trees: Table::new(),
         }
     }
 
@@ -232,7 +233,7 @@ impl Reader {
     }
 
     async fn follow_changes(&mut self) {
-        let (mut everything, mut trees, mut plain) = (false, false, BTreeSet::new());
+        let (mut everything, mut trees, mut plain) = (false, false, Table::new());
         match self.watch.take() {
             Dirty::Clean => {}
             Dirty::Anything => {
@@ -246,7 +247,7 @@ impl Reader {
                         Some(Topic::Everything) => (everything, trees) = (true, true),
                         Some(Topic::Trees) => trees = true,
                         Some(Topic::Tree(address)) => self.touch(address),
-                        Some(Topic::Plain(below)) => drop(plain.insert(below.to_string())),
+                        Some(Topic::Plain(below)) => plain.insert(below.to_string(), ()),
                         None => {}
                     }
                 }
@@ -255,7 +256,7 @@ impl Reader {
         if everything {
             self.read_everything().await;
         } else {
-            for below in plain {
+            for (below, ()) in plain {
                 self.read_plain(&below).await;
             }
         }
@@ -292,7 +293,7 @@ impl Reader {
             .collect();
         let new = listed
             .iter()
-            .filter(|address| !self.trees.contains_key(*address))
+            .filter(|address| !self.trees.contains(*address))
             .cloned();
         for address in new.chain(gone).collect::<Vec<_>>() {
             self.touch(&address);
@@ -313,8 +314,8 @@ impl Reader {
         };
         let gone: Vec<String> = self
             .keys
-            .iter()
-            .filter(|key| below_it(key) && !found.contains_key(*key))
+            .keys()
+            .filter(|key| below_it(key) && !found.contains(*key))
             .cloned()
             .collect();
         for key in &gone {
@@ -334,14 +335,14 @@ impl Reader {
                 key: key(&path),
                 value,
             });
-            self.keys.insert(path);
+            self.keys.insert(path, ());
         }
         self.deliver(events).await;
     }
 
     /// Reads a key and all keys below it, rule trees apart. A folder without a value of its own is no key.
-    async fn collect(&self, below: &str) -> BTreeMap<String, Vec<u8>> {
-        let mut found = BTreeMap::new();
+    async fn collect(&self, below: &str) -> Table<String, Vec<u8>> {
+        let mut found = Table::new();
         let mut open = VecDeque::from([below.to_string()]);
         while !open.is_empty() && found.len() <= MAX_KEYS {
             // Each node takes two requests; as many at once as may be outstanding.

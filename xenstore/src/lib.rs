@@ -70,6 +70,7 @@ pub mod frontend;
 mod limiter;
 pub mod state;
 pub mod store;
+mod table;
 pub mod task;
 pub mod wire;
 

@@ -12,6 +12,7 @@ mod kit;
 use std::time::Duration;
 
 use kit::{Answer, Bench, SELF, client_vif};
+use xen::stream::ByteStream as _;
 use xen::{DomId, GrantRef, PortNumber};
 use xenstore::fake::{FakeFrontend, VifConfig};
 use xenstore::{BackendEvent, Event, MAX_VIFS, XenbusState};
@@ -799,4 +800,54 @@ fn no_state_is_written_before_the_kernel_was_told_to_unmap() {
     bench.mapped.clear();
     bench.settle();
     assert_eq!(state_writes(&bench, &vif), "56");
+}
+
+/// Runs until `done`, with a store that answers everything asked so far, once per round. Returns the rounds.
+fn round_trips(bench: &mut Bench, done: impl Fn(&Bench) -> bool) -> u32 {
+    for round in 0..100 {
+        if done(bench) {
+            return round;
+        }
+        bench.store.freeze(true);
+        for _ in 0..10 {
+            bench.plane.poll(&mut bench.link, bench.now).unwrap();
+            while let Some(event) = bench.plane.next_event() {
+                bench.obey(event);
+            }
+        }
+        bench.store.freeze(false);
+        // The requests reach the store, the answers wait for the next round.
+        bench.link.write(&[]).unwrap();
+    }
+    panic!("not done after 100 round trips");
+}
+
+#[test]
+fn a_handshake_takes_few_requests_and_round_trips() {
+    let mut bench = Bench::backend();
+    let vif = client_vif(7);
+    bench.settle();
+    let idle = bench.store.requests(SELF);
+    bench.toolstack.attach(&vif);
+    let rounds = round_trips(&mut bench, |bench| {
+        bench.own_state(&vif).as_deref() == Some("2")
+    });
+    bench.settle();
+    let offered = bench.store.requests(SELF) - idle;
+    assert!(
+        rounds <= 8 && offered <= 24,
+        "{rounds} round trips, {offered} requests"
+    );
+    bench.pass_millis(150);
+    let idle = bench.store.requests(SELF);
+    FakeFrontend::new(bench.store.clone(), vif.clone()).connect();
+    let rounds = round_trips(&mut bench, |bench| {
+        bench.own_state(&vif).as_deref() == Some("4")
+    });
+    bench.settle();
+    let connected = bench.store.requests(SELF) - idle;
+    assert!(
+        rounds <= 5 && connected <= 16,
+        "{rounds} round trips, {connected} requests"
+    );
 }

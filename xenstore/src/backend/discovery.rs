@@ -7,7 +7,6 @@
 //!
 //! `backend/vif` and its parents belong to dom0, which removes them with their last device; the watch stays.
 
-use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::rc::Rc;
 use alloc::string::String;
@@ -24,6 +23,7 @@ use crate::MAX_VIFS;
 use crate::client::Dirty;
 use crate::state::XenbusState;
 use crate::store::{Error, Store, Watch};
+use crate::table::Table;
 use crate::wire::ErrorCode;
 
 /// Where devices are, relative to our home.
@@ -118,7 +118,7 @@ impl Discovery {
             self.crowded = false;
             dirty = Dirty::Anything;
         }
-        for place in self.vifs.recheck.take() {
+        for (place, ()) in self.vifs.recheck.take() {
             self.consider(place).await;
         }
         match dirty {
@@ -135,35 +135,36 @@ impl Discovery {
     /// Follows hints: each device once, each client's folder once.
     async fn follow(&mut self, paths: &[String]) {
         let mut root = false;
-        let mut clients = BTreeSet::new();
-        let mut devices = BTreeSet::new();
+        let mut clients = Table::new();
+        let mut devices = Table::new();
         for path in paths {
             match hint(path) {
                 Hint::Root => root = true,
-                Hint::Client(client) => drop(clients.insert(client)),
+                Hint::Client(client) => clients.insert(client, ()),
                 Hint::Device(place, matters) => {
                     self.touch(place, matters);
-                    devices.insert(place);
+                    devices.insert(place, ());
                 }
                 Hint::Junk => {}
             }
         }
         // The usual case first: events have named the device, and its task starts while the folders are listed.
-        for place in devices {
+        for (place, ()) in devices {
             self.consider(place).await;
         }
         if root {
             let listed = self.list(ROOT).await;
             self.touch_absent(|&(client, _)| !listed.contains(&client.0));
             // The folders of clients that have a device already announce new ones themselves.
-            clients.extend(
-                listed
-                    .into_iter()
-                    .map(DomId)
-                    .filter(|&client| !self.serves(client)),
-            );
+            for client in listed
+                .into_iter()
+                .map(DomId)
+                .filter(|&client| !self.serves(client))
+            {
+                clients.insert(client, ());
+            }
         }
-        for client in clients {
+        for (client, ()) in clients {
             for place in self.devices_of(client).await {
                 self.consider(place).await;
             }

@@ -135,7 +135,7 @@ impl Bench {
         self.pass(Duration::from_millis(millis));
     }
 
-    fn obey(&mut self, event: Event) {
+    pub(crate) fn obey(&mut self, event: Event) {
         match event {
             Event::Backend(BackendEvent::Connect { device, parameters }) => {
                 assert!(

@@ -20,6 +20,7 @@ use crate::lab::machine::MachineOptions;
 use crate::lab::topology::{FirewallKind, Topology};
 use crate::lab::world::{LabWorld, WorldOptions};
 use crate::lab::{Base, Lab, LabOptions};
+use crate::lab_check;
 use crate::screen::{BOLD, DIM, Screen, paint};
 use crate::workspace::Workspace;
 
@@ -68,6 +69,13 @@ pub struct LabArguments {
 
 #[derive(Debug, Subcommand)]
 enum Action {
+    /// Tries whether the lab works, with checks that hold for any firewall
+    #[command(hide = true)]
+    Check {
+        /// Only the checks whose names contain this
+        #[arg(default_value = "")]
+        filter: String,
+    },
     /// Runs one command in dom0 (or a guest) of a lab and ends with its exit status
     #[command(hide = true)]
     Exec {
@@ -123,7 +131,7 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &LabArguments) -> 
         lab,
         booted_clients: !arguments.fresh_clients,
     };
-    let world = LabWorld::start(
+    let mut world = LabWorld::start(
         &base,
         screen,
         options,
@@ -134,6 +142,10 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &LabArguments) -> 
             let link = link(&world, domain.as_deref().unwrap_or("dom0"))?;
             stream(link.start(&command.join(" "), COMMAND)?)
         }
+        Some(Action::Check { filter }) => Ok(match lab_check::run(&mut world, filter)? {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::FAILURE,
+        }),
         None => interact(&world).map(|()| ExitCode::SUCCESS),
     }
 }

@@ -12,6 +12,7 @@ pub mod demo_command;
 pub mod host;
 pub mod image;
 pub mod lab;
+pub mod lab_check;
 pub mod lab_command;
 pub mod observe;
 pub mod scenario;

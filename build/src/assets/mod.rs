@@ -143,9 +143,7 @@ fn select(workspace: &Workspace, screen: &Screen, refresh: bool) -> Result<Selec
         .filter(|selection| {
             let release = apt::release().unwrap_or_default();
             let has = |name: &&str| selection.wanted.iter().any(|wanted| wanted == name);
-            !refresh
-                && selection.release == release
-                && content::PACKAGES.iter().all(|name| has(name))
+            !refresh && selection.release == release && content::PACKAGES.iter().all(has)
         });
     match remembered {
         Some(selection) => Ok(selection),

@@ -4,6 +4,7 @@ use core::fmt::Debug;
 use core::hash::Hash;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::frame::Mac;
 use crate::hash::HashKey;
 use crate::rule::Family;
 use crate::ruleset::{CompiledRules, Decision, UpperLayer};
@@ -51,12 +52,25 @@ pub(crate) trait Address: Copy + Debug + Default + Eq + Hash + Ord + 'static {
     fn count_down(header: &mut Self::Header);
     /// Bytes of the fixed part of the header.
     const HEADER_LEN: usize;
+    /// The same, to reckon with packet lengths.
+    const HEADER_BYTES: u32;
     /// Takes the head of a frame apart whose headers were checked: Ethernet header, fixed IP header,
     /// and what comes `header_len` bytes after the start of the IP header.
     fn split(
         head: &mut [u8],
         header_len: u16,
     ) -> Option<(&mut [u8; ethernet::HEADER], &mut Self::Header, &mut [u8])>;
+    /// Ethernet header and fixed IP header.
+    type Front;
+    /// Takes the front off the head of a frame.
+    fn split_front(head: &mut [u8]) -> Option<(&mut Self::Front, &mut [u8])>;
+    /// Reads the front of a packet without options, extension headers or fragmentation, if it is one
+    /// and nothing is wrong with it.
+    fn peek(front: &Self::Front, frame_len: u32) -> Option<Plain<Self>>;
+    /// The destination's Ethernet address.
+    fn destination_mac(front: &Self::Front) -> &Mac;
+    /// The two parts of the front.
+    fn parts(front: &mut Self::Front) -> Option<(&mut [u8; ethernet::HEADER], &mut Self::Header)>;
     /// Turns a header into that of an answer of ours; the caller completes its checksum.
     fn write_reply(header: &mut Self::Header, src: Self, dst: Self);
     /// Source, destination, protocol and header length of a packet of which only the start may be
@@ -67,6 +81,17 @@ pub(crate) trait Address: Copy + Debug + Default + Eq + Hash + Ord + 'static {
     fn write_quoted(packet: &mut [u8], src: Self, dst: Self, delta: u16);
     /// Writes the header of a packet of ours to the start of `packet`.
     fn write_header(packet: &mut [u8], src: Self, dst: Self, number: u8, payload: u16, ttl: u8);
+}
+
+/// The network layer of a packet with nothing unusual about it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plain<A> {
+    pub(crate) src: A,
+    pub(crate) dst: A,
+    pub(crate) protocol: u8,
+    pub(crate) ttl: u8,
+    /// Bytes of transport header and payload.
+    pub(crate) transport_len: u32,
 }
 
 /// The change of an IPv4 header's sum when the time to live goes down by one: minus 0x0100.
@@ -132,6 +157,7 @@ impl Address for V4 {
     }
 
     const HEADER_LEN: usize = 20;
+    const HEADER_BYTES: u32 = 20;
 
     #[inline(always)]
     fn split(
@@ -142,6 +168,42 @@ impl Address for V4 {
         let (header, rest) = rest.split_first_chunk_mut()?;
         let options = usize::from(header_len).checked_sub(20)?;
         Some((ethernet, header, rest.get_mut(options..)?))
+    }
+
+    type Front = [u8; 34];
+
+    #[inline(always)]
+    fn split_front(head: &mut [u8]) -> Option<(&mut [u8; 34], &mut [u8])> {
+        head.split_first_chunk_mut()
+    }
+
+    #[inline(always)]
+    fn peek(front: &[u8; 34], frame_len: u32) -> Option<Plain<Self>> {
+        let total_len = u32::from(u16::from_be_bytes([front[16], front[17]]));
+        let fragment = u16::from_be_bytes([front[20], front[21]]) & 0x3fff;
+        let header: &[u8; 20] = front.last_chunk()?;
+        let plain = front[14] == 0x45
+            && fragment == 0
+            && (20..=frame_len.wrapping_sub(14)).contains(&total_len)
+            && checksum::header_is_right(header);
+        plain.then(|| Plain {
+            src: u32::from_be_bytes([front[26], front[27], front[28], front[29]]),
+            dst: u32::from_be_bytes([front[30], front[31], front[32], front[33]]),
+            protocol: front[23],
+            ttl: front[22],
+            transport_len: total_len - 20,
+        })
+    }
+
+    #[inline(always)]
+    fn destination_mac(front: &[u8; 34]) -> &Mac {
+        front.first_chunk().unwrap_or(&[0; 6])
+    }
+
+    #[inline(always)]
+    fn parts(front: &mut [u8; 34]) -> Option<(&mut [u8; 14], &mut [u8; 20])> {
+        let (ethernet, header) = front.split_first_chunk_mut()?;
+        Some((ethernet, header.first_chunk_mut()?))
     }
 
     fn write_reply(header: &mut [u8; 20], src: Self, dst: Self) {
@@ -246,6 +308,7 @@ impl Address for V6 {
     }
 
     const HEADER_LEN: usize = 40;
+    const HEADER_BYTES: u32 = 40;
 
     #[inline(always)]
     fn split(
@@ -256,6 +319,42 @@ impl Address for V6 {
         let (header, rest) = rest.split_first_chunk_mut()?;
         let extensions = usize::from(header_len).checked_sub(40)?;
         Some((ethernet, header, rest.get_mut(extensions..)?))
+    }
+
+    type Front = [u8; 54];
+
+    #[inline(always)]
+    fn split_front(head: &mut [u8]) -> Option<(&mut [u8; 54], &mut [u8])> {
+        head.split_first_chunk_mut()
+    }
+
+    #[inline(always)]
+    fn peek(front: &[u8; 54], frame_len: u32) -> Option<Plain<Self>> {
+        let payload_len = u32::from(u16::from_be_bytes([front[18], front[19]]));
+        let (_, addresses) = front.split_at(22);
+        let (words, _) = addresses.as_chunks::<8>();
+        let plain = front[14] >> 4 == 6
+            && matches!(front[20], protocol::TCP | protocol::UDP)
+            && payload_len + 40 <= frame_len.wrapping_sub(14);
+        let [a, b, c, d] = words else { return None };
+        plain.then(|| Plain {
+            src: V6(u64::from_be_bytes(*a), u64::from_be_bytes(*b)),
+            dst: V6(u64::from_be_bytes(*c), u64::from_be_bytes(*d)),
+            protocol: front[20],
+            ttl: front[21],
+            transport_len: payload_len,
+        })
+    }
+
+    #[inline(always)]
+    fn destination_mac(front: &[u8; 54]) -> &Mac {
+        front.first_chunk().unwrap_or(&[0; 6])
+    }
+
+    #[inline(always)]
+    fn parts(front: &mut [u8; 54]) -> Option<(&mut [u8; 14], &mut [u8; 40])> {
+        let (ethernet, header) = front.split_first_chunk_mut()?;
+        Some((ethernet, header.first_chunk_mut()?))
     }
 
     fn write_reply(header: &mut [u8; 40], src: Self, dst: Self) {

@@ -33,10 +33,12 @@ const fn port_class(port: u16) -> RangeInclusive<u16> {
 }
 
 /// How a new flow leaves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Translation<A> {
     /// The key of its replies.
     pub(crate) reply: Key<A>,
+    /// Where that key belongs.
+    pub(crate) place: Place,
     /// Whether it leaves with another port or identifier than it came with.
     pub(crate) remapped: bool,
 }
@@ -60,19 +62,25 @@ pub(crate) fn translate<A: Address>(
         ports: u32::from(low16(original.ports)) << 16 | u32::from(port),
         protocol: original.protocol,
     };
-    let translation = |port: u16| Translation {
-        reply: reply_with(port),
-        remapped: port != source_port,
-    };
-    if let Some(port) = table
+    let known = table
         .mappings
-        .get(original.src, source_port, original.protocol)
-        && table.reply_is_free(&reply_with(port), now)
-    {
-        return Some(translation(port));
+        .get(original.src, source_port, original.protocol);
+    let mut attempt = |port: u16| {
+        let reply = reply_with(port);
+        let place = table.place(&reply);
+        table
+            .reply_is_free(place, &reply, now)
+            .then_some(Translation {
+                reply,
+                place,
+                remapped: port != source_port,
+            })
+    };
+    if let Some(translation) = known.and_then(&mut attempt) {
+        return Some(translation);
     }
-    if table.reply_is_free(&reply_with(source_port), now) {
-        return Some(translation(source_port));
+    if let Some(translation) = attempt(source_port) {
+        return Some(translation);
     }
     let class = match kind {
         Kind::Tcp | Kind::Udp => port_class(source_port),
@@ -80,14 +88,10 @@ pub(crate) fn translate<A: Address>(
         Kind::Error | Kind::OtherIcmp | Kind::Other => return None,
     };
     let size = u32::from(*class.end() - *class.start()) + 1;
-    for _ in 0..ATTEMPTS {
+    (0..ATTEMPTS).find_map(|_| {
         let offset = (u64::from(low32(random.next())) * u64::from(size)) >> 32;
-        let port = class.start().wrapping_add(low16(low32(offset)));
-        if table.reply_is_free(&reply_with(port), now) {
-            return Some(translation(port));
-        }
-    }
-    None
+        attempt(class.start().wrapping_add(low16(low32(offset))))
+    })
 }
 
 /// A client port that leaves as another one.

@@ -219,8 +219,8 @@ impl Routed for V6 {
 /// Everything that dom0 decides about clients.
 #[derive(Debug)]
 pub(crate) struct Registry {
-    vifs: Box<[Option<Box<Vif>>]>,
-    sources: Vec<Source>,
+    pub(crate) vifs: Box<[Option<Box<Vif>>]>,
+    pub(crate) sources: Vec<Source>,
     /// Numbers of sources that can be used again.
     free_sources: Vec<u16>,
     max_sources: u16,

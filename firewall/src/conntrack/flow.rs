@@ -174,10 +174,16 @@ impl<A: Address> Flow<A> {
             ..Self::default()
         };
         let outgoing = reply.reversed();
-        let incoming = original.reversed();
+        let addresses = checksum::delta(
+            original.src.sum() + original.dst.sum(),
+            outgoing.src.sum() + outgoing.dst.sum(),
+        );
+        let sum = |ports: u32| u64::from(high16(ports)) + u64::from(low16(ports));
+        let ports = checksum::delta(sum(original.ports), sum(outgoing.ports));
         let [first, second] = &mut flow.half;
-        first.become_half(original, &outgoing, now);
-        second.become_half(reply, &incoming, now);
+        first.set(original, addresses, ports, now);
+        // What one direction adds, the other one takes away.
+        second.set(reply, !addresses, !ports, now);
         if original.dst != outgoing.dst {
             flow.flags |= DESTINATION_CHANGED;
         }
@@ -298,18 +304,12 @@ impl<A: Address> Flow<A> {
 }
 
 impl<A: Address> Half<A> {
-    /// Takes `key`, and prepares what it takes to turn packets with it into ones with `becomes`.
-    fn become_half(&mut self, key: &Key<A>, becomes: &Key<A>, now: Ticks) {
+    /// Takes a key, and what turns the sums of packets with it into those of what they become.
+    fn set(&mut self, key: &Key<A>, addresses: u16, ports: u16, now: Ticks) {
         self.src = key.src;
         self.dst = key.dst;
         self.ports = key.ports;
         self.seen = now;
-        let addresses = checksum::delta(
-            key.src.sum() + key.dst.sum(),
-            becomes.src.sum() + becomes.dst.sum(),
-        );
-        let sum = |ports: u32| u64::from(high16(ports)) + u64::from(low16(ports));
-        let ports = checksum::delta(sum(key.ports), sum(becomes.ports));
         self.network_delta = checksum::join(addresses, crate::address::TTL_DELTA);
         // ICMP over IPv4 has no pseudo-header.
         self.transport_delta = if key.protocol == protocol::ICMP {

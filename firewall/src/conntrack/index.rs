@@ -1,10 +1,14 @@
 //! The index of the flow table: from the hash of a key to the flow that has it.
 //!
-//! Buckets of one cache line hold eight pairs of a 32-bit tag and a reference. A key belongs in one of
+//! Buckets of one cache line hold twelve references, each with an eight-bit tag. A key belongs in one of
 //! two buckets; the first one counts how many of its keys had to go to their second, so that a lookup
 //! reads the second bucket only when that count is not zero. The size is fixed at boot: no rehashing.
 //! When both buckets are full, one of their entries is moved to its other bucket; if that fails too,
 //! the insertion is refused, and the caller makes room.
+//!
+//! Tags are compared eight at a time in one machine word. A tag matches by chance in one of 256 cases;
+//! the caller compares the whole key. Twelve short tags instead of eight long ones make a bucket hold
+//! half as much again, and need no vector instructions.
 //!
 //! The hash is keyed (see [`crate::hash`]), tag and buckets use different parts of it. A lookup reads
 //! at most two buckets, whatever clients send.
@@ -14,18 +18,21 @@ use alloc::vec;
 
 use crate::wire::low32;
 
-/// Pairs in a bucket.
-const SLOTS: usize = 8;
+/// References in a bucket.
+const SLOTS: usize = 12;
 
-/// References use the low bits of their word; the rest of the first one holds the overflow count.
-const REFERENCE_BITS: u32 = 24;
-const REFERENCE_MASK: u32 = (1 << REFERENCE_BITS) - 1;
-const COUNT_ONE: u32 = 1 << REFERENCE_BITS;
-const COUNT_MAX: u32 = u32::MAX >> REFERENCE_BITS;
+/// Slots whose tags are in the first word.
+const LOW_SLOTS: u32 = 8;
+
+/// A one in every byte.
+const ONES: u64 = 0x0101_0101_0101_0101;
+
+/// The highest bit of every byte.
+const HIGHS: u64 = 0x8080_8080_8080_8080;
 
 /// Load of the index when the table is full, in percent. Lower than what two choices can carry, so
 /// that second buckets are rare.
-const DESIGN_LOAD: u64 = 65;
+const DESIGN_LOAD: u64 = 70;
 
 /// A flow and one of its directions: twice the entry's number, plus one for replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +41,7 @@ pub(crate) struct Reference(u32);
 impl Reference {
     #[inline]
     pub(crate) const fn new(entry: u32, reply: bool) -> Self {
-        Self((entry << 1 | reply as u32) & REFERENCE_MASK)
+        Self(entry << 1 | reply as u32)
     }
 
     #[inline]
@@ -52,61 +59,78 @@ impl Reference {
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 struct Bucket {
-    tags: [u32; SLOTS],
+    /// Tags of the first eight slots, the first one in the lowest byte.
+    low_tags: u64,
+    /// Tags of the other four.
+    high_tags: u32,
+    /// Keys that belong here and went to their second bucket.
+    overflowed: u32,
     references: [u32; SLOTS],
 }
 
+const _: () = assert!(size_of::<Bucket>() == 64);
+
+/// The highest bit of every byte of `tags` that equals `tag`. Bytes above the lowest one that is
+/// equal may be marked too.
+#[inline(always)]
+const fn matching(tags: u64, tag: u8) -> u64 {
+    let difference = tags ^ (ONES.wrapping_mul(tag as u64));
+    difference.wrapping_sub(ONES) & !difference & HIGHS
+}
+
 impl Bucket {
-    /// A bit for every slot with this tag.
+    /// The first slot from `from` on that may have this tag.
     #[inline(always)]
-    fn matches(&self, tag: u32) -> u32 {
-        let mut mask = 0;
-        for (slot, own) in self.tags.iter().enumerate() {
-            mask |= u32::from(*own == tag) << slot;
+    fn slot_from(&self, tag: u8, from: u32) -> Option<u32> {
+        if from < LOW_SLOTS {
+            let marks = matching(self.low_tags, tag) >> (from * 8) << (from * 8);
+            if marks != 0 {
+                return Some(marks.trailing_zeros() >> 3);
+            }
         }
-        mask
-    }
-
-    #[inline(always)]
-    fn reference(&self, slot: usize) -> Reference {
-        let bits = self.references.get(slot & (SLOTS - 1)).copied();
-        Reference(bits.unwrap_or(0) & REFERENCE_MASK)
-    }
-
-    fn set(&mut self, slot: usize, tag: u32, reference: Reference) {
-        if let (Some(own_tag), Some(own)) = (self.tags.get_mut(slot), self.references.get_mut(slot))
-        {
-            *own_tag = tag;
-            *own = *own & !REFERENCE_MASK | reference.0;
-        }
+        let skipped = from.saturating_sub(LOW_SLOTS) * 8;
+        // The four bytes above hold no tags, and no tag is like them.
+        let tags = u64::from(self.high_tags) | 0xffff_ffff << 32;
+        let marks = (matching(tags, tag) & 0x8080_8080).checked_shr(skipped)?;
+        let marks = marks << skipped;
+        (marks != 0).then(|| LOW_SLOTS + (marks.trailing_zeros() >> 3))
     }
 
     #[inline(always)]
-    const fn overflowed(&self) -> u32 {
-        self.references[0] >> REFERENCE_BITS
+    fn reference(&self, slot: u32) -> Reference {
+        let at = usize::try_from(slot).unwrap_or(SLOTS);
+        Reference(self.references.get(at).copied().unwrap_or(0))
     }
 
-    /// Counts a key that went to its second bucket. Saturates: a count that was lost keeps the second
-    /// bucket in use for ever, which is only slower.
-    fn count_up(&mut self) {
-        if self.overflowed() < COUNT_MAX {
-            self.references[0] += COUNT_ONE;
+    fn set(&mut self, slot: u32, tag: u8, reference: Reference) {
+        let at = usize::try_from(slot).unwrap_or(SLOTS);
+        if let Some(own) = self.references.get_mut(at) {
+            *own = reference.0;
         }
-    }
-
-    fn count_down(&mut self) {
-        if (1..COUNT_MAX).contains(&self.overflowed()) {
-            self.references[0] -= COUNT_ONE;
+        if slot < LOW_SLOTS {
+            let shift = slot * 8;
+            self.low_tags = self.low_tags & !(0xff << shift) | u64::from(tag) << shift;
+        } else if slot < LOW_SLOTS + 4 {
+            let shift = (slot - LOW_SLOTS) * 8;
+            self.high_tags = self.high_tags & !(0xff << shift) | u32::from(tag) << shift;
         }
     }
 }
 
-/// The buckets and the tag of a hash.
+/// Where a key belongs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
     first: u32,
-    second: u32,
-    tag: u32,
+    hash: u64,
+}
+
+impl Place {
+    /// Never zero. Its bits select neither of the two buckets.
+    #[inline(always)]
+    const fn tag(self) -> u8 {
+        let [tag, ..] = self.hash.to_le_bytes();
+        if tag == 0 { 1 } else { tag }
+    }
 }
 
 /// The index.
@@ -121,7 +145,7 @@ impl Index {
     /// An index for `flows` flows with two directions each.
     pub(crate) fn new(flows: u32) -> Self {
         let slots = u64::from(flows) * 2 * 100 / DESIGN_LOAD;
-        let count = low32((slots / 8).clamp(2, 1 << 29)) + 1;
+        let count = low32((slots / 12).clamp(2, 1 << 29)) + 1;
         let buckets = vec![Bucket::default(); usize::try_from(count).unwrap_or(2)];
         Self {
             buckets: buckets.into_boxed_slice(),
@@ -134,18 +158,23 @@ impl Index {
         size_of_val::<[Bucket]>(&self.buckets)
     }
 
-    /// Where a key with this hash can be. Tag and first bucket come from different halves of it, the
-    /// second bucket from both.
+    /// Where a key with this hash can be.
     #[inline(always)]
     pub(crate) fn place(&self, hash: u64) -> Place {
-        let low = low32(hash);
-        let high = low32(hash >> 32);
-        let scale = |value: u32| low32((u64::from(value) * u64::from(self.count)) >> 32);
         Place {
-            first: scale(high),
-            second: scale(low.rotate_left(16) ^ high.wrapping_mul(0x9e37_79b1)),
-            tag: low | 1,
+            first: self.scale(low32(hash >> 32)),
+            hash,
         }
+    }
+
+    /// The other bucket of a key: from bits that neither the first nor the tag is made of.
+    fn second(&self, place: Place) -> u32 {
+        self.scale(low32(place.hash >> 8).wrapping_mul(0x9e37_79b1))
+    }
+
+    #[inline(always)]
+    const fn scale(&self, value: u32) -> u32 {
+        low32((value as u64 * self.count as u64) >> 32)
     }
 
     #[inline(always)]
@@ -157,53 +186,51 @@ impl Index {
         self.buckets.get_mut(usize::try_from(number).ok()?)
     }
 
-    /// Finds the reference that `is_it` recognises.
+    /// The most likely reference for a key, if there is any: nearly always the right one.
     #[inline(always)]
+    pub(crate) fn likely(&self, place: Place) -> Option<Reference> {
+        let bucket = self.bucket(place.first)?;
+        let slot = bucket.slot_from(place.tag(), 0)?;
+        Some(bucket.reference(slot))
+    }
+
+    /// Whether a key that [`Self::likely`] has nothing for can be elsewhere.
+    #[inline(always)]
+    pub(crate) fn is_overflowed(&self, place: Place) -> bool {
+        self.bucket(place.first)
+            .is_some_and(|bucket| bucket.overflowed != 0)
+    }
+
+    /// Finds the reference that `is_it` recognises.
     pub(crate) fn find(
         &self,
         place: Place,
         mut is_it: impl FnMut(Reference) -> bool,
     ) -> Option<Reference> {
         let bucket = self.bucket(place.first)?;
-        if let Some(found) = Self::find_in(bucket, place.tag, &mut is_it) {
+        if let Some(found) = Self::find_in(bucket, place.tag(), &mut is_it) {
             return Some(found);
         }
-        if bucket.overflowed() == 0 {
+        if bucket.overflowed == 0 {
             return None;
         }
-        self.find_second(place, is_it)
+        Self::find_in(self.bucket(self.second(place))?, place.tag(), &mut is_it)
     }
 
-    #[inline(always)]
     fn find_in(
         bucket: &Bucket,
-        tag: u32,
+        tag: u8,
         is_it: &mut impl FnMut(Reference) -> bool,
     ) -> Option<Reference> {
-        let mut mask = bucket.matches(tag);
-        while mask != 0 {
-            let reference = bucket.reference(mask.trailing_zeros() as usize);
+        let mut from = 0;
+        loop {
+            let slot = bucket.slot_from(tag, from)?;
+            let reference = bucket.reference(slot);
             if is_it(reference) {
                 return Some(reference);
             }
-            mask &= mask - 1;
+            from = slot + 1;
         }
-        None
-    }
-
-    #[inline(never)]
-    fn find_second(
-        &self,
-        place: Place,
-        mut is_it: impl FnMut(Reference) -> bool,
-    ) -> Option<Reference> {
-        Self::find_in(self.bucket(place.second)?, place.tag, &mut is_it)
-    }
-
-    /// Reads one word of the first bucket, so that it is in the cache when it is needed.
-    #[inline(always)]
-    pub(crate) fn touch(&self, place: Place) -> u32 {
-        self.bucket(place.first).map_or(0, |bucket| bucket.tags[0])
     }
 
     /// Adds a key. `hash_of` gives the hash of a reference's key, to move it to its other bucket.
@@ -215,61 +242,56 @@ impl Index {
         reference: Reference,
         hash_of: impl Fn(Reference) -> u64,
     ) -> bool {
-        self.put_first(place, reference)
+        self.put(place.first, place, reference)
             || self.put_second(place, reference)
-            || (self.make_room(place.first, &hash_of) && self.put_first(place, reference))
-            || (self.make_room(place.second, &hash_of) && self.put_second(place, reference))
-    }
-
-    #[inline]
-    fn put_first(&mut self, place: Place, reference: Reference) -> bool {
-        self.put(place.first, place.tag, reference)
+            || (self.make_room(place.first, &hash_of) && self.put(place.first, place, reference))
+            || (self.make_room(self.second(place), &hash_of) && self.put_second(place, reference))
     }
 
     fn put_second(&mut self, place: Place, reference: Reference) -> bool {
-        if !self.put(place.second, place.tag, reference) {
+        if !self.put(self.second(place), place, reference) {
             return false;
         }
         if let Some(first) = self.bucket_mut(place.first) {
-            first.count_up();
+            first.overflowed += 1;
         }
         true
     }
 
     #[inline]
-    fn put(&mut self, bucket: u32, tag: u32, reference: Reference) -> bool {
+    fn put(&mut self, bucket: u32, place: Place, reference: Reference) -> bool {
         let Some(bucket) = self.bucket_mut(bucket) else {
             return false;
         };
-        let free = bucket.matches(0);
-        if free == 0 {
-            return false;
+        match bucket.slot_from(0, 0) {
+            Some(slot) => {
+                bucket.set(slot, place.tag(), reference);
+                true
+            }
+            None => false,
         }
-        bucket.set(free.trailing_zeros() as usize, tag, reference);
-        true
     }
 
     /// Moves one key of a full bucket to its other bucket.
     #[cold]
     fn make_room(&mut self, number: u32, hash_of: &impl Fn(Reference) -> u64) -> bool {
-        for slot in 0..SLOTS {
+        for slot in 0..LOW_SLOTS + 4 {
             let Some(bucket) = self.bucket(number) else {
                 return false;
             };
             let reference = bucket.reference(slot);
             let place = self.place(hash_of(reference));
-            if place.first == place.second {
+            if place.first == self.second(place) {
                 continue;
             }
             let moved = if place.first == number {
                 self.put_second(place, reference)
-            } else if self.put_first(place, reference) {
-                if let Some(first) = self.bucket_mut(place.first) {
-                    first.count_down();
-                }
-                true
             } else {
-                false
+                let back = self.put(place.first, place, reference);
+                if let (true, Some(first)) = (back, self.bucket_mut(place.first)) {
+                    first.overflowed = first.overflowed.saturating_sub(1);
+                }
+                back
             };
             if moved {
                 if let Some(bucket) = self.bucket_mut(number) {
@@ -283,28 +305,27 @@ impl Index {
 
     /// Removes a key that is in the index.
     pub(crate) fn remove(&mut self, place: Place, reference: Reference) {
-        if self.take(place.first, place.tag, reference) {
+        if self.take(place.first, place.tag(), reference) {
             return;
         }
-        if self.take(place.second, place.tag, reference)
+        if self.take(self.second(place), place.tag(), reference)
             && let Some(first) = self.bucket_mut(place.first)
         {
-            first.count_down();
+            first.overflowed = first.overflowed.saturating_sub(1);
         }
     }
 
-    fn take(&mut self, number: u32, tag: u32, reference: Reference) -> bool {
+    fn take(&mut self, number: u32, tag: u8, reference: Reference) -> bool {
         let Some(bucket) = self.bucket_mut(number) else {
             return false;
         };
-        let mut mask = bucket.matches(tag);
-        while mask != 0 {
-            let slot = mask.trailing_zeros() as usize;
+        let mut from = 0;
+        while let Some(slot) = bucket.slot_from(tag, from) {
             if bucket.reference(slot) == reference {
                 bucket.set(slot, 0, Reference(0));
                 return true;
             }
-            mask &= mask - 1;
+            from = slot + 1;
         }
         false
     }
@@ -316,7 +337,11 @@ impl Index {
 
     #[cfg(test)]
     fn len(&self) -> usize {
-        let used = |bucket: &Bucket| bucket.tags.iter().filter(|tag| **tag != 0).count();
+        let used = |bucket: &Bucket| {
+            let tags = bucket.low_tags.to_le_bytes().into_iter();
+            let tags = tags.chain(bucket.high_tags.to_le_bytes());
+            tags.filter(|tag| *tag != 0).count()
+        };
         self.buckets.iter().map(used).sum()
     }
 }
@@ -366,7 +391,7 @@ mod tests {
             index.remove(index.place(hash(reference)), reference);
         }
         assert_eq!(index.len(), 0);
-        assert!(index.buckets.iter().all(|bucket| bucket.overflowed() == 0));
+        assert!(index.buckets.iter().all(|bucket| bucket.overflowed == 0));
     }
 
     proptest! {

@@ -156,12 +156,6 @@ impl<A: Address> FlowTable<A> {
         self.index.place(hash)
     }
 
-    /// Reads the index where a key would be, ahead of [`Self::find_at`].
-    #[inline(always)]
-    pub(crate) fn touch(&self, place: Place) -> u32 {
-        self.index.touch(place)
-    }
-
     /// Finds a flow by the key of one direction.
     #[inline(always)]
     pub(crate) fn find(&self, key: &Key<A>, reply: bool) -> Option<u32> {
@@ -171,23 +165,38 @@ impl<A: Address> FlowTable<A> {
     /// Finds a flow, with the place of its key.
     #[inline(always)]
     pub(crate) fn find_at(&self, place: Place, key: &Key<A>, reply: bool) -> Option<u32> {
-        let found = self.index.find(place, |reference| {
-            self.get(reference.entry()).is_some_and(|flow| {
-                let half = flow.side(reply);
-                reference.is_reply() == reply
-                    && half.ports == key.ports
-                    && half.src == key.src
-                    && half.dst == key.dst
-                    && flow.protocol == key.protocol
-            })
-        });
+        match self.index.likely(place) {
+            Some(reference) if self.is_key_of(reference, key, reply) => Some(reference.entry()),
+            None if !self.index.is_overflowed(place) => None,
+            _ => self.find_among_all(place, key, reply),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn find_among_all(&self, place: Place, key: &Key<A>, reply: bool) -> Option<u32> {
+        let found = self
+            .index
+            .find(place, |reference| self.is_key_of(reference, key, reply));
         found.map(Reference::entry)
+    }
+
+    #[inline(always)]
+    fn is_key_of(&self, reference: Reference, key: &Key<A>, reply: bool) -> bool {
+        self.get(reference.entry()).is_some_and(|flow| {
+            let half = flow.side(reply);
+            half.src == key.src
+                && half.dst == key.dst
+                && half.ports == key.ports
+                && flow.protocol == key.protocol
+                && reference.is_reply() == reply
+        })
     }
 
     /// Whether replies with this key can be told from those of every other flow. An overdue flow
     /// that stands in the way is removed.
-    pub(crate) fn reply_is_free(&mut self, reply: &Key<A>, now: Ticks) -> bool {
-        match self.find(reply, true) {
+    pub(crate) fn reply_is_free(&mut self, place: Place, reply: &Key<A>, now: Ticks) -> bool {
+        match self.find_at(place, reply, true) {
             None => true,
             Some(number) => {
                 let overdue = self.get(number).is_none_or(|flow| flow.is_overdue(now));
@@ -209,20 +218,23 @@ impl<A: Address> FlowTable<A> {
         self.flows.get_mut(as_index(number))
     }
 
-    /// Adds a flow whose keys are not in the table. Returns its number, and whether another flow had
-    /// to make room.
+    /// Adds a flow whose keys are not in the table and belong to these places. Returns its number, and
+    /// whether another flow had to make room.
     ///
     /// # Errors
     ///
     /// [`NoRoom`], if its keys do not fit the index even after others made room.
-    pub(crate) fn insert(&mut self, flow: Flow<A>, now: Ticks) -> Result<(u32, bool), NoRoom> {
+    pub(crate) fn insert(
+        &mut self,
+        flow: &Flow<A>,
+        [original, reply]: [Place; 2],
+        now: Ticks,
+    ) -> Result<(u32, bool), NoRoom> {
         let evicted = self.free == NONE;
         if evicted && !self.evict(flow.owner, now) {
             return Err(NoRoom);
         }
         let number = self.free;
-        let original = self.place(&flow.key(false));
-        let reply = self.place(&flow.key(true));
         if !self.index_insert(original, Reference::new(number, false)) {
             return Err(NoRoom);
         }
@@ -236,7 +248,7 @@ impl<A: Address> FlowTable<A> {
         self.free = entry.list_next;
         let wheel = entry.flags & ON_WHEEL;
         let timer_next = entry.timer_next;
-        *entry = flow;
+        *entry = *flow;
         entry.flags |= wheel | LIVE;
         entry.timer_next = timer_next;
         self.live += 1;

@@ -258,6 +258,12 @@ const fn after(a: u32, b: u32) -> bool {
     before(b, a)
 }
 
+/// Whether a segment is nothing but data or an acknowledgement.
+#[inline(always)]
+pub(crate) const fn is_plain(header: &[u8; 20]) -> bool {
+    header[13] & (FIN | SYN | RST | ACK) == ACK
+}
+
 impl Segment {
     /// Reads the header, whose length was checked; `len` is that of header and payload.
     #[inline(always)]
@@ -282,6 +288,11 @@ impl Segment {
     #[inline(always)]
     pub(crate) const fn flags_are_possible(&self) -> bool {
         POSSIBLE_FLAGS >> (self.flags & !NEUTRAL & 0x3f) & 1 != 0
+    }
+
+    /// Whether the segment only asks for a connection.
+    pub(crate) const fn is_first(&self) -> bool {
+        self.flags & (FIN | SYN | RST | ACK) == SYN
     }
 
     /// Whether the segment starts or ends something.
@@ -444,6 +455,15 @@ pub(crate) fn start(segment: &Segment, options: &[u8]) -> Result<(Side, Side), D
     Ok((sender, receiver))
 }
 
+/// What a flow is after its first SYN: the receiver may send as much as that SYN announced.
+pub(crate) fn begin_with_syn(segment: &Segment, receiver: &mut Side, last: &mut Last) -> State {
+    let window = u32::from(segment.window);
+    receiver.max_end = window.max(1);
+    last.kind = Event::Syn as u8;
+    last.reply = false;
+    State::SynSent
+}
+
 enum Window {
     Accept,
     Ignore,
@@ -452,27 +472,36 @@ enum Window {
 
 impl Track<'_> {
     /// Tracks one segment; `reply` is its direction.
-    #[inline(always)]
     pub(crate) fn follow(&mut self, segment: &Segment, options: &[u8], reply: bool) -> Tracked {
         if !segment.flags_are_possible() {
             return Tracked::Invalid(DropReason::TcpFlags);
         }
         let event = segment.event();
         let old = *self.state;
-        // The bulk of all traffic: data and acknowledgements of an established connection.
         if old == State::Established && event == Event::Ack {
-            return match self.window(segment, options, reply) {
-                Window::Accept => {
-                    self.last.kind = Event::Ack as u8;
-                    self.last.reply = reply;
-                    self.settle_established(segment);
-                    Tracked::Accept
-                }
-                Window::Ignore => Tracked::Ignore,
-                Window::Invalid => Tracked::Invalid(DropReason::TcpWindow),
-            };
+            return self.follow_established(segment, options, reply);
         }
         self.follow_change(segment, options, reply, event, old)
+    }
+
+    /// Tracks data or an acknowledgement of an established connection: the bulk of all traffic.
+    #[inline(always)]
+    pub(crate) fn follow_established(
+        &mut self,
+        segment: &Segment,
+        options: &[u8],
+        reply: bool,
+    ) -> Tracked {
+        match self.window(segment, options, reply) {
+            Window::Accept => {
+                self.last.kind = Event::Ack as u8;
+                self.last.reply = reply;
+                self.settle_established(segment);
+                Tracked::Accept
+            }
+            Window::Ignore => Tracked::Ignore,
+            Window::Invalid => Tracked::Invalid(DropReason::TcpWindow),
+        }
     }
 
     /// Timeout and assurance after an acknowledgement in the established state.

@@ -8,7 +8,7 @@ use super::core::{Core, Local, Packet, Uplink};
 use super::{forward, local, related};
 use crate::conntrack::flow::{self, Flow, Key, Ticks};
 use crate::conntrack::table::FlowTable;
-use crate::conntrack::tcp::{self, Segment, Side, State, Track, Tracked};
+use crate::conntrack::tcp::{self, Patience, Segment, Side, State, Track, Tracked};
 use crate::frame::{Frame, Iface, Time};
 use crate::nat;
 use crate::registry::Rules;
@@ -270,7 +270,8 @@ fn begin<A: Local>(
             flow.flags |= flow::REMAPPED;
         }
     }
-    match table.insert(flow, ticks) {
+    let places = [table.place(&original), translation.place];
+    match table.insert(&flow, places, ticks) {
         Ok((_, evicted)) => {
             core.counters.flows_created = core.counters.flows_created.wrapping_add(1);
             core.counters.flows_evicted =
@@ -300,6 +301,11 @@ fn begin_tcp<A: Local>(
     let [original, reply] = &mut flow.half;
     original.tcp = start.sender;
     reply.tcp = start.receiver;
+    if segment.is_first() {
+        flow.state = tcp::begin_with_syn(&segment, &mut reply.tcp, &mut flow.last);
+        flow.patience = Patience::SynSent;
+        return Ok(());
+    }
     flow.state = State::None;
     let tracked = Track {
         sender: &mut original.tcp,

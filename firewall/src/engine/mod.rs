@@ -6,7 +6,7 @@
 //! | rows | what | where |
 //! | --- | --- | --- |
 //! | A1 to A10, B1, B2, B4 | frame, headers, fragments, source, flow | this file |
-//! | A16 to A19, A23, A24, B5 | packets of a flow | `forward.rs` |
+//! | A16 to A19, A23, A24, B5 | packets of a flow | `forward.rs`, `shortcut.rs` |
 //! | A11 to A24 | packets of a client without a flow | `client.rs` |
 //! | B3 to B8 | packets of the uplink without a flow | `uplink.rs` |
 //! | C, D, A2, A8 | packets for us, ARP, neighbour discovery | `local.rs` |
@@ -35,6 +35,7 @@ mod forward;
 mod fragmenting;
 mod local;
 mod related;
+mod shortcut;
 mod uplink;
 
 use ::core::net::IpAddr;
@@ -61,6 +62,9 @@ use forward::Passage;
 /// Segments of a frame with less payload than this could not be told from an attack
 /// (`xen-netif.md` 6.3).
 const MIN_MSS: u16 = 88;
+
+/// Stands for the client of a frame that comes from none.
+const NO_CLIENT: ClientId = ClientId(u16::MAX);
 
 /// One frame of a batch.
 #[derive(Debug)]
@@ -121,6 +125,37 @@ impl Engine {
     /// Decides one frame and rewrites it.
     #[inline]
     pub fn process(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
+        match self.shortcut(ingress, frame, now) {
+            Some(verdict) => verdict,
+            None => self.decide(ingress, frame, now),
+        }
+    }
+
+    /// Plain packets of established flows.
+    #[inline(always)]
+    fn shortcut(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Option<Verdict> {
+        let header = frame.head.first_chunk::<{ ethernet::HEADER }>()?;
+        let (core, flows4, flows6) = (&mut self.core, &mut self.flows4, &mut self.flows6);
+        match (ethernet::ethertype(header), ingress) {
+            (ethernet::TYPE_IPV4, Iface::Client(id)) => {
+                shortcut::take::<V4, false>(core, flows4, id, frame, now)
+            }
+            (ethernet::TYPE_IPV4, Iface::Uplink) => {
+                shortcut::take::<V4, true>(core, flows4, NO_CLIENT, frame, now)
+            }
+            (ethernet::TYPE_IPV6, Iface::Client(id)) => {
+                shortcut::take::<V6, false>(core, flows6, id, frame, now)
+            }
+            (ethernet::TYPE_IPV6, Iface::Uplink) => {
+                shortcut::take::<V6, true>(core, flows6, NO_CLIENT, frame, now)
+            }
+            _ => None,
+        }
+    }
+
+    /// Every packet that the shortcut does not take.
+    #[inline(never)]
+    fn decide(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
         let verdict = match ingress {
             Iface::Client(id) => self.client_frame(id, frame, now),
             Iface::Uplink => self.uplink_frame(frame, now),

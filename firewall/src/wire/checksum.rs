@@ -49,7 +49,8 @@ pub(crate) const fn delta(old: u64, new: u64) -> u16 {
 /// The change of a sum when both changes happen.
 #[inline]
 pub(crate) const fn join(first: u16, second: u16) -> u16 {
-    fold(first as u64 + second as u64)
+    let sum = first as u32 + second as u32;
+    low16((sum >> 16) + (sum & 0xffff))
 }
 
 /// A field after a change of the sum.
@@ -63,13 +64,19 @@ pub(crate) const fn apply(field: u16, delta: u16) -> u16 {
 /// Whether a header of twenty bytes with its field in place sums to all ones.
 #[inline]
 pub(crate) fn header_is_right(header: &[u8; 20]) -> bool {
-    // A ones' complement sum does not depend on the byte order, all ones looks the same in both.
-    let (words, _) = header.as_chunks::<4>();
+    // A ones' complement sum does not depend on the byte order. Sums that fold to all ones are the
+    // multiples of 0xffff, but for zero, which no header with a version sums to.
+    let (words, rest) = header.as_chunks::<8>();
     let mut sum = 0_u64;
     for word in words {
-        sum += u64::from(u32::from_ne_bytes(*word));
+        let (next, carry) = sum.overflowing_add(u64::from_ne_bytes(*word));
+        sum = next + u64::from(carry);
     }
-    fold(sum) == 0xffff
+    let last = rest
+        .first_chunk()
+        .map_or(0, |word| u32::from_ne_bytes(*word));
+    let (next, carry) = sum.overflowing_add(u64::from(last));
+    (next.wrapping_add(u64::from(carry))) % 0xffff == 0
 }
 
 #[cfg(test)]

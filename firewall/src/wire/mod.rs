@@ -27,24 +27,29 @@ pub(crate) mod protocol {
 }
 
 /// The low half of a number.
-#[inline]
+#[inline(always)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the low half is what is wanted"
+)]
 pub(crate) const fn low16(value: u32) -> u16 {
-    let [_, _, high, low] = value.to_be_bytes();
-    u16::from_be_bytes([high, low])
+    value as u16
 }
 
 /// The high half of a number.
-#[inline]
+#[inline(always)]
 pub(crate) const fn high16(value: u32) -> u16 {
-    let [high, low, _, _] = value.to_be_bytes();
-    u16::from_be_bytes([high, low])
+    low16(value >> 16)
 }
 
 /// The low half of a number.
-#[inline]
+#[inline(always)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the low half is what is wanted"
+)]
 pub(crate) const fn low32(value: u64) -> u32 {
-    let [_, _, _, _, a, b, c, d] = value.to_be_bytes();
-    u32::from_be_bytes([a, b, c, d])
+    value as u32
 }
 
 /// Sixteen bits at `offset`, in network order.

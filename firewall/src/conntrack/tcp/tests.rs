@@ -238,3 +238,32 @@ fn selective_acknowledgement_raises_the_highest() {
     assert_eq!(highest_sack(&options, 60), 200);
     assert_eq!(highest_sack(&[1, 1, 8, 10, 0, 0, 0, 0, 0, 0, 0, 0], 60), 60);
 }
+
+#[test]
+fn beginning_with_a_syn_is_a_shortcut_for_tracking_it() {
+    for window in [0_u16, 1, 502, 65_535] {
+        let mut first = segment(1000, 0, SYN, 0);
+        first.window = window;
+        let followed = Flow::open(&first);
+        let (sender, mut receiver) = start(&first, &[]).unwrap();
+        let mut last = Last::default();
+        let state = begin_with_syn(&first, &mut receiver, &mut last);
+        assert_eq!(followed.state, state);
+        assert_eq!(followed.patience, Patience::SynSent);
+        // The sender has sent its SYN and nothing else: unacknowledged is noted either way.
+        let [own, other] = followed.sides;
+        assert_eq!(
+            (own.end, own.max_end, own.max_window),
+            (sender.end, sender.max_end, sender.max_window)
+        );
+        assert_eq!(
+            (other.end, other.max_end, other.max_window),
+            (0, receiver.max_end, 0)
+        );
+        assert_eq!((own.flags, other.flags), (sender.flags, receiver.flags));
+        assert_eq!(
+            (followed.last.kind, followed.last.reply),
+            (last.kind, last.reply)
+        );
+    }
+}

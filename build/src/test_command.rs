@@ -1,6 +1,6 @@
 //! `cargo xtask test`: every test, on the host and in the lab, with one summary.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -9,6 +9,7 @@ use clap::Args;
 
 use crate::claims::{self, Claim, NotSo, must};
 use crate::image::{self, Image, Variant};
+use crate::lab::machine::MachineOptions;
 use crate::lab::topology::{FirewallKind, Topology};
 use crate::lab::world::{LabWorld, WorldOptions};
 use crate::lab::{Base, LabOptions};
@@ -22,6 +23,9 @@ const CLIENTS: u8 = 2;
 
 /// Guest time that the firewall may take from entry to being ready for clients.
 const READY_WITHIN: Duration = Duration::from_millis(50);
+
+/// The instruction clock of measurements: 2 ns for each instruction.
+const ICOUNT_SHIFT: u8 = 1;
 
 /// Memory of the small firewall in MiB.
 const SMALL_MEMORY: u32 = 8;
@@ -44,6 +48,9 @@ pub struct TestArguments {
     /// Boot Xen although there is a snapshot of the booted lab
     #[arg(long)]
     cold: bool,
+    /// Let guest time follow the instruction count, 2^SHIFT ns each, so that times repeat
+    #[arg(long, value_name = "SHIFT", value_parser = clap::value_parser!(u8).range(0..=10))]
+    icount: Option<u8>,
 }
 
 /// A run of the tests.
@@ -201,6 +208,9 @@ impl Run<'_> {
         if self.wants("small") {
             self.small_world(&base, &image);
         }
+        if self.wants("boot-time") {
+            self.boot_time(&base, &image);
+        }
         if self.wants("panic") {
             self.crash(&base);
         }
@@ -211,7 +221,7 @@ impl Run<'_> {
             .iter()
             .chain(claims::MORE)
             .any(|claim| self.wants(claim.name))
-            || ["boot", "small", "panic"]
+            || ["boot", "boot-time", "small", "panic"]
                 .iter()
                 .any(|name| self.wants(name))
     }
@@ -222,10 +232,7 @@ impl Run<'_> {
             topology.firewall.memory_mib = memory;
         }
         let options = WorldOptions {
-            lab: LabOptions {
-                cold: self.arguments.cold,
-                ..LabOptions::default()
-            },
+            lab: self.lab_options(self.arguments.icount),
             booted_clients: true,
         };
         LabWorld::start(base, self.screen, options, topology)
@@ -238,7 +245,7 @@ impl Run<'_> {
             .chain(claims::MORE)
             .filter(|claim| self.wants(claim.name))
             .collect();
-        if wanted.is_empty() && !self.wants("boot") {
+        if wanted.is_empty() {
             return;
         }
         let Some(mut world) = self.boot(base, &image.path, "boot", None) else {
@@ -263,7 +270,7 @@ impl Run<'_> {
         }
     }
 
-    /// Starts a world and checks how long the firewall took to be ready.
+    /// Starts a world.
     fn boot(
         &mut self,
         base: &Base,
@@ -275,17 +282,20 @@ impl Run<'_> {
         let mut world = None;
         self.report.check("lab", name, || {
             let running = world.insert(started?);
-            let seen = snapshot(running)?;
-            let ready = Duration::from_nanos(seen.ready_nanos);
-            let line = format!(
-                "ready for clients {:.1} ms of guest time after entry, {} MiB",
-                ready.as_secs_f64() * 1e3,
-                running.topology().firewall.memory_mib
-            );
-            must(!ready.is_zero() && ready < READY_WITHIN, || line.clone())?;
+            let (_, line) = readiness(running)?;
             Ok(vec![line])
         });
         world
+    }
+
+    /// Measures how long the firewall takes to be ready, by the instruction clock: the same on any host.
+    fn boot_time(&mut self, base: &Base, image: &Image) {
+        let started = self.start_alone(base, &image.path, Some(ICOUNT_SHIFT));
+        self.report.check("lab", "boot-time", || {
+            let (ready, line) = readiness(&started?)?;
+            must(ready < READY_WITHIN, || line.clone())?;
+            Ok(vec![line])
+        });
     }
 
     /// Has an image crash in every way it can, and reads what it says.
@@ -300,24 +310,44 @@ impl Run<'_> {
                 return;
             }
         };
-        let started = self.start_alone(base, &image);
+        let started = self.start_alone(base, &image, self.arguments.icount);
         self.report.check("lab", "panic", || {
             let mut world = started?;
             crash_and_read(&mut world)
         });
     }
 
-    fn start_alone(&self, base: &Base, image: &PathBuf) -> Result<LabWorld> {
-        let topology = Topology::new(FirewallKind::Image(image.clone()), 0);
-        let options = WorldOptions {
-            lab: LabOptions {
-                cold: self.arguments.cold,
-                ..LabOptions::default()
+    fn lab_options(&self, icount: Option<u8>) -> LabOptions {
+        LabOptions {
+            machine: MachineOptions {
+                icount_shift: icount,
+                ..MachineOptions::default()
             },
+            cold: self.arguments.cold,
+        }
+    }
+
+    fn start_alone(&self, base: &Base, image: &Path, icount: Option<u8>) -> Result<LabWorld> {
+        let topology = Topology::new(FirewallKind::Image(image.to_owned()), 0);
+        let options = WorldOptions {
+            lab: self.lab_options(icount),
             booted_clients: false,
         };
         LabWorld::start(base, self.screen, options, topology)
     }
+}
+
+/// How long the firewall took from its first instruction to being ready for clients.
+fn readiness(world: &LabWorld) -> Result<(Duration, String)> {
+    let seen = snapshot(world)?;
+    let ready = Duration::from_nanos(seen.ready_nanos);
+    must(!ready.is_zero(), || "the firewall is not ready".to_owned())?;
+    let line = format!(
+        "ready for clients {:.1} ms of guest time after entry, with {} MiB",
+        ready.as_secs_f64() * 1e3,
+        world.topology().firewall.memory_mib
+    );
+    Ok((ready, line))
 }
 
 /// Ways to crash, with what the console must say then.

@@ -55,6 +55,8 @@ pub struct LoopCounters {
     pub to_uplink: u64,
     /// Frames handed to clients, sent or queued.
     pub to_clients: u64,
+    /// Packets that the frames handed on are on a wire: a GSO frame counts as its segments.
+    pub packets: u64,
     /// Frames that the receiver's driver refused (its counters say why).
     pub refused: u64,
     /// Frames for a receiver that is not connected.
@@ -508,6 +510,15 @@ fn client_of_tag(clients: &mut [Option<Client>], tag: VifTag) -> Option<&mut Cli
     (client.vif.tag() == tag).then_some(client)
 }
 
+/// How many packets a frame is on a wire.
+fn wire_packets(frame: &Frame) -> u64 {
+    /// Ethernet, IPv4 and TCP without options.
+    const HEADERS: usize = 54;
+    let Some(gso) = frame.gso else { return 1 };
+    let payload = frame.len().saturating_sub(HEADERS);
+    u64::try_from(payload.div_ceil(usize::from(gso.size.get()))).unwrap_or(1)
+}
+
 /// Where frames leave, borrowed apart from the engine and the containers.
 struct Exits<'a> {
     clients: &'a mut [Option<Client>],
@@ -519,6 +530,7 @@ struct Exits<'a> {
 impl Exits<'_> {
     /// Sends a frame; the container is empty afterwards.
     fn send<H: Hypervisor>(&mut self, hv: &mut H, to: Iface, frame: &mut Frame) {
+        let packets = wire_packets(frame);
         let sent = match to {
             Iface::Uplink => self.uplink.as_mut().map(|uplink| {
                 let sent = egress::to_uplink(hv, uplink, frame);
@@ -539,7 +551,7 @@ impl Exits<'_> {
             }
         };
         match sent {
-            Some(true) => {}
+            Some(true) => self.counters.packets = self.counters.packets.wrapping_add(packets),
             Some(false) => self.counters.refused = self.counters.refused.wrapping_add(1),
             None => self.counters.unreachable = self.counters.unreachable.wrapping_add(1),
         }

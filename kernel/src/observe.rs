@@ -54,6 +54,7 @@ pub(crate) fn main_loop(counters: &LoopCounters) -> Vec<Counter> {
         "from-uplink": from_uplink,
         "to-uplink": to_uplink,
         "to-clients": to_clients,
+        "packets": packets,
         "refused": refused,
         "unreachable": unreachable,
         "no-page": no_page,

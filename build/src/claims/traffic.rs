@@ -138,22 +138,17 @@ fn download(world: &mut LabWorld) -> Result<Vec<String>> {
     Ok(seen)
 }
 
-/// Packets that crossed between two snapshots.
-fn packets(before: &Snapshot, after: &Snapshot) -> u64 {
-    ["loop.to-uplink", "loop.to-clients"]
-        .iter()
-        .map(|name| after.counter(name).saturating_sub(before.counter(name)))
-        .sum()
-}
-
-/// Hypercalls for each packet, and what they consisted of.
+/// Hypercalls for each packet between two snapshots, and what they consisted of.
+///
+/// A packet is what it is on a wire: a GSO frame counts as its segments.
 fn hypercalls_per_packet(before: &Snapshot, after: &Snapshot) -> (f64, String) {
     let grown = |name: &str| after.counter(name).saturating_sub(before.counter(name));
-    let packets = packets(before, after);
+    let frames = grown("loop.to-uplink").saturating_add(grown("loop.to-clients"));
+    let packets = grown("loop.packets");
     let parts = [
         ("copies", "xen.copy-batches"),
-        ("events sent", "xen.events-sent"),
         ("polls", "xen.polls"),
+        ("events in calls of their own or joined", "xen.events-sent"),
     ]
     .map(|(word, name)| format!("{word} {}", grown(name)))
     .join(", ");
@@ -162,7 +157,7 @@ fn hypercalls_per_packet(before: &Snapshot, after: &Snapshot) -> (f64, String) {
     let ratio = hypercalls as f64 / packets.max(1) as f64;
     (
         ratio,
-        format!("{packets} packets, {hypercalls} hypercalls ({parts})"),
+        format!("{packets} packets in {frames} frames, {hypercalls} hypercalls ({parts})"),
     )
 }
 

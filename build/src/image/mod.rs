@@ -12,13 +12,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use serde::Serialize;
 
-use crate::screen::{BOLD, Screen, paint};
 use crate::host::output_of;
+use crate::screen::{BOLD, Screen, paint};
 use crate::workspace::{Workspace, file_sha256, remove_folder};
+
+/// The largest file, in bytes.
+pub const MOST_BYTES: u64 = 512 * 1024;
 
 /// Arguments of `cargo xtask image`.
 #[derive(Debug, Args)]
@@ -78,12 +81,36 @@ pub struct Image {
     pub sha256: String,
 }
 
+impl Image {
+    fn is_too_large(&self) -> bool {
+        self.bytes > MOST_BYTES
+    }
+
+    fn excess(&self) -> String {
+        format!(
+            "the image has {} bytes, at most {MOST_BYTES} are allowed",
+            self.bytes
+        )
+    }
+}
+
 /// Builds an image. Without changes since the last time this takes a moment.
+///
+/// An image larger than [`MOST_BYTES`] is only remarked on, so that it can be run while it is being made smaller; the
+/// command refuses it.
 ///
 /// # Errors
 ///
 /// If it does not compile, or the result is not as [`elf::examine`] wants it.
 pub fn prepare(workspace: &Workspace, screen: &Screen, variant: Variant) -> Result<Image> {
+    let image = make(workspace, screen, variant)?;
+    if image.is_too_large() {
+        screen.warn(&image.excess());
+    }
+    Ok(image)
+}
+
+fn make(workspace: &Workspace, screen: &Screen, variant: Variant) -> Result<Image> {
     let step = screen.step("Building the image");
     let linked = build::build(workspace, variant.features())?;
     let linked = fs::read(&linked).with_context(|| format!("cannot read {}", linked.display()))?;
@@ -156,19 +183,23 @@ fn replace(path: &Path, content: &[u8]) -> Result<()> {
 ///
 /// # Errors
 ///
-/// Those of [`prepare`].
+/// Those of [`prepare`], and an image larger than [`MOST_BYTES`].
 pub fn run(workspace: &Workspace, screen: &Screen, arguments: &ImageArguments) -> Result<ExitCode> {
     let variant = if arguments.crash_commands {
         Variant::CrashCommands
     } else {
         Variant::Normal
     };
-    if arguments.json {
-        let image = prepare(workspace, &screen.silenced(), variant)?;
+    let image = if arguments.json {
+        let image = make(workspace, &screen.silenced(), variant)?;
         anstream::println!("{}", serde_json::to_string_pretty(&image)?);
+        image
     } else {
-        describe(&prepare(workspace, screen, variant)?);
-    }
+        let image = make(workspace, screen, variant)?;
+        describe(&image);
+        image
+    };
+    ensure!(!image.is_too_large(), image.excess());
     Ok(ExitCode::SUCCESS)
 }
 
@@ -184,7 +215,7 @@ fn describe(image: &Image) {
             image.bss,
             "zeroed data, page tables, stacks; not in the file",
         ),
-        ("file", image.bytes, "at most 524288"),
+        ("file", image.bytes, &format!("at most {MOST_BYTES}")),
     ] {
         anstream::println!("  {name:8}{bytes:>9}  {what}");
     }

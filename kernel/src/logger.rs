@@ -73,6 +73,11 @@ impl Logger {
         self.buffer.lock().lines.pop_front()
     }
 
+    /// As [`Logger::take`], but gives up when the buffer is in use: for a panic, which may come out of its use.
+    pub fn try_take(&self) -> Option<Line> {
+        self.buffer.try_lock()?.lines.pop_front()
+    }
+
     /// Lines dropped because the buffer was full.
     pub fn dropped(&self) -> u64 {
         self.buffer.lock().dropped

@@ -11,6 +11,7 @@ extern crate alloc;
 mod crash;
 
 use alloc::vec::Vec;
+use core::fmt;
 use core::panic::PanicInfo;
 use core::time::Duration;
 
@@ -36,10 +37,22 @@ static HEAP: TalcLock<spin::Mutex<()>, Manual> = TalcLock::new(Manual);
 
 xen::entry_point!(main);
 
-/// Ends the domain with file, line and reason.
+/// Ends the domain with file, line and reason, after the log lines that nobody has seen yet.
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
-    die(format_args!("\nportcullis: {info}"))
+    die(format_args!("\n{WaitingLines}portcullis: {info}"))
+}
+
+/// The log lines that the main loop did not get around to print.
+struct WaitingLines;
+
+impl fmt::Display for WaitingLines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        while let Some(line) = logger::LOGGER.try_take() {
+            writeln!(f, "{line}")?;
+        }
+        Ok(())
+    }
 }
 
 /// Precompiled code names this symbol in unwind tables, which the linker script drops. Never called.

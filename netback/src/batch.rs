@@ -7,7 +7,6 @@
 //! the hypervisor takes one. After the copy they wait in `settled` until somebody takes them.
 
 use alloc::vec::Vec;
-use core::ops::Range;
 
 use xen::netif::RxFlags;
 use xen::packet::MIN_FRAME_LEN;
@@ -36,6 +35,7 @@ pub(crate) struct Received {
     pub(crate) len: u16,
     /// Where its operations start, to find the frame of a failed one.
     pub(crate) first_op: u16,
+    /// The number of its first page; it fills its pages from offset 0 on.
     pub(crate) first_page: u16,
     /// The id of the only slot, or where the ids of all data slots start in `ids`.
     pub(crate) id: u16,
@@ -43,14 +43,6 @@ pub(crate) struct Received {
     pub(crate) extras: u8,
     pub(crate) checksum: Checksum,
     pub(crate) failed: bool,
-}
-
-impl Received {
-    /// The pages that the frame fills, laid out from offset 0 on.
-    fn pages(&self) -> Range<usize> {
-        let first = usize::from(self.first_page);
-        first..first.wrapping_add(usize::from(self.len).div_ceil(PAGE_SIZE))
-    }
 }
 
 /// An rx slot being filled.
@@ -110,8 +102,12 @@ pub struct Batch {
     sending: Vec<Sending>,
     /// Ids of the slots of received frames that have more than one.
     ids: Vec<u16>,
-    /// The pages of the last copy, until they are taken.
-    settled: Vec<Option<Page>>,
+    /// The pages of the last copy in reverse, so that the next one to be taken is the last.
+    settled: Vec<Page>,
+    /// How many they were at first: the next one's number in the copy is this less how many are left.
+    settled_pages: usize,
+    /// Pages of the last copy that carry no received frame: they were copied out of.
+    spent: Vec<Page>,
     /// The received frames of the last copy.
     arrived: Vec<Received>,
     /// How many of `arrived` were taken.
@@ -134,6 +130,8 @@ impl Batch {
             sending: Vec::with_capacity(limit),
             ids: Vec::with_capacity(limit),
             settled: Vec::with_capacity(limit),
+            settled_pages: 0,
+            spent: Vec::with_capacity(limit),
             arrived: Vec::with_capacity(limit),
             taken: 0,
         }
@@ -184,7 +182,9 @@ impl Batch {
         if self.ops.iter().any(|op| !op.status.is_ok()) {
             self.report_failures(&mut on_failure);
         }
-        self.settled.extend(self.pages.drain(..).map(Some));
+        core::mem::swap(&mut self.pages, &mut self.settled);
+        self.settled.reverse();
+        self.settled_pages = self.settled.len();
         core::mem::swap(&mut self.receiving, &mut self.arrived);
         self.ops.clear();
         self.sending.clear();
@@ -261,13 +261,18 @@ impl Batch {
                 // Its pages go with the next `recycle`.
                 continue;
             }
+            if self.settled_pages.wrapping_sub(self.settled.len()) != usize::from(record.first_page)
+            {
+                self.skip_to(record.first_page.into());
+            }
             let mut rest = record.len;
-            let pages = self.settled.get_mut(record.pages()).unwrap_or_default();
-            for page in pages.iter_mut().filter_map(Option::take) {
+            while rest > 0 {
                 let len = rest.min(PAGE_LEN);
                 rest = rest.wrapping_sub(len);
-                if let Err(page) = frame.push(page, 0, len) {
-                    hv.release(page);
+                if let Some(page) = self.settled.pop()
+                    && let Err(page) = frame.push(page, 0, len)
+                {
+                    self.spent.push(page);
                 }
             }
             frame.checksum = record.checksum;
@@ -276,11 +281,23 @@ impl Batch {
         }
     }
 
+    /// Puts the pages before number `page` aside.
+    #[inline(never)]
+    fn skip_to(&mut self, page: usize) {
+        while self.settled_pages.wrapping_sub(self.settled.len()) < page {
+            let Some(page) = self.settled.pop() else {
+                return;
+            };
+            self.spent.push(page);
+        }
+    }
+
     /// Gives away every page that was copied out of, and those of received frames that nobody took.
     ///
     /// Call it when [`Batch::next_frame`] is done. Pages not given away go to the pool with the next copy.
-    pub fn recycle(&mut self, to: impl FnMut(Page)) {
-        self.settled.drain(..).flatten().for_each(to);
+    pub fn recycle(&mut self, mut to: impl FnMut(Page)) {
+        self.spent.drain(..).for_each(&mut to);
+        self.settled.drain(..).for_each(to);
         self.arrived.clear();
         self.taken = 0;
     }

@@ -149,7 +149,8 @@ impl Vif {
         Ok(Step::Taken)
     }
 
-    /// Takes a frame of several slots.
+    /// Takes a frame of several slots. Not inlined, so that frames of one slot do not pay for its locals.
+    #[inline(never)]
     fn take_chain<H: Hypervisor + ?Sized>(
         &mut self,
         hv: &mut H,

@@ -78,6 +78,8 @@ impl Vif {
         Ok(describe(frame))
     }
 
+    /// Sends what is not a frame of one slot with room for it. Not inlined, so that those do not pay for its locals.
+    #[inline(never)]
     fn send_or_queue<H: Hypervisor + ?Sized>(
         &mut self,
         hv: &mut H,

@@ -110,6 +110,9 @@ impl Uplink {
     }
 
     /// Takes a frame of several slots, all of it, also when it is bad.
+    ///
+    /// Not inlined, so that frames of one slot do not pay for its locals.
+    #[inline(never)]
     fn receive_chain<H: Hypervisor + ?Sized>(
         &mut self,
         hv: &mut H,

@@ -7,9 +7,9 @@ use xen::netif::{Extra, TxFlags, TxRequest, TxResponse, status};
 use xen::packet::{MAX_FRAGMENTS, Segments};
 use xen::{Access, Checksum, Fragment, Frame, GrantRef, Gso, Hypervisor, Page};
 
-use crate::MAX_SEGMENTS;
 use crate::error::{DeviceBroken, TxError};
 use crate::uplink::Uplink;
+use crate::{MAX_SEGMENTS, SWEEP_INTERVAL};
 
 /// A granted piece of a frame, ready to be written into a slot.
 #[derive(Clone, Copy)]
@@ -31,6 +31,48 @@ impl Uplink {
         hv: &mut H,
         frame: &mut Frame,
     ) -> Result<(), TxError> {
+        let flags = tx_flags(frame.checksum);
+        if self.failed.is_none()
+            && self.tx.free() > 0
+            && frame.gso.is_none()
+            && let Some(fragment) = frame.take_single()
+        {
+            return self.send_single(hv, fragment, flags);
+        }
+        self.send_fragments(hv, frame, flags)
+    }
+
+    /// Sends a frame of one slot: nearly all of them.
+    fn send_single<H: Hypervisor + ?Sized>(
+        &mut self,
+        hv: &mut H,
+        fragment: Fragment,
+        flags: u16,
+    ) -> Result<(), TxError> {
+        if self.next_sweep.is_none() {
+            self.plan_sweep(hv.now(), true);
+        }
+        match self.grant(hv, fragment) {
+            Ok(slot) => {
+                self.request(slot, slot.len, flags);
+                self.count_sent(1, slot.len.into());
+                Ok(())
+            }
+            Err(page) => {
+                hv.release(page);
+                Err(self.note_no_resources())
+            }
+        }
+    }
+
+    /// Sends any other frame, or says why not. Not inlined, so that frames of one slot do not pay for its locals.
+    #[inline(never)]
+    fn send_fragments<H: Hypervisor + ?Sized>(
+        &mut self,
+        hv: &mut H,
+        frame: &mut Frame,
+        flags: u16,
+    ) -> Result<(), TxError> {
         let fragments = frame.fragments().len();
         if self.failed.is_some() || fragments == 0 {
             return Err(TxError::Broken);
@@ -48,44 +90,8 @@ impl Uplink {
             return Err(self.note_full());
         }
         if self.next_sweep.is_none() {
-            self.next_sweep = Some(hv.now().plus(self.sweep_interval));
+            self.plan_sweep(hv.now(), true);
         }
-        let flags = tx_flags(frame.checksum);
-        if frame.gso.is_none()
-            && let Some(fragment) = frame.take_single()
-        {
-            return self.send_single(hv, fragment, flags);
-        }
-        self.send_fragments(hv, frame, flags)
-    }
-
-    /// Sends a frame of one slot: nearly all of them.
-    fn send_single<H: Hypervisor + ?Sized>(
-        &mut self,
-        hv: &mut H,
-        fragment: Fragment,
-        flags: u16,
-    ) -> Result<(), TxError> {
-        match self.grant(hv, fragment) {
-            Ok(slot) => {
-                self.request(slot, slot.len, flags);
-                self.count_sent(1, slot.len.into());
-                Ok(())
-            }
-            Err(page) => {
-                hv.release(page);
-                Err(self.note_no_resources())
-            }
-        }
-    }
-
-    /// Sends a frame of several slots, or with an extra.
-    fn send_fragments<H: Hypervisor + ?Sized>(
-        &mut self,
-        hv: &mut H,
-        frame: &mut Frame,
-        flags: u16,
-    ) -> Result<(), TxError> {
         let (len, gso) = (frame.len(), frame.gso);
         let total = u16::try_from(len).unwrap_or(u16::MAX);
         let mut slots: heapless::Vec<Slot, MAX_FRAGMENTS> = heapless::Vec::new();
@@ -253,7 +259,10 @@ impl Uplink {
             self.complete(hv, response)?;
         }
         self.tx.consume(available);
-        if available > 0 || self.next_sweep.is_some() {
+        if self.tx.outstanding() == 0 {
+            self.next_sweep = None;
+            self.sweep_interval = SWEEP_INTERVAL;
+        } else if available > 0 || self.next_sweep.is_some() {
             self.plan_sweep(hv.now(), available > 0);
         }
         Ok(available)

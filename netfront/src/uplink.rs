@@ -228,11 +228,6 @@ impl Uplink {
 
     /// Plans the next look at tx responses; further and further apart while there are none.
     pub(crate) fn plan_sweep(&mut self, now: Time, progress: bool) {
-        if self.tx.outstanding() == 0 {
-            self.next_sweep = None;
-            self.sweep_interval = SWEEP_INTERVAL;
-            return;
-        }
         let due = self.next_sweep.is_none_or(|due| now >= due);
         if progress {
             self.sweep_interval = SWEEP_INTERVAL;
@@ -272,8 +267,7 @@ impl Uplink {
     /// Tx slots that are free now. A frame needs one per fragment, and one more if it is GSO.
     #[must_use]
     pub fn tx_free_slots(&self) -> usize {
-        let slots = usize::try_from(self.tx.free()).unwrap_or(usize::MAX);
-        slots.min(self.free_ids.len())
+        usize::try_from(self.tx.free()).unwrap_or(usize::MAX)
     }
 
     /// Our end of the event channel, to take its pending bit and to wait for.

@@ -358,3 +358,206 @@ impl Frame {
         self.gso = None;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::{FakeHypervisor, FakeMachine, Limits, Resources};
+    use crate::types::DomId;
+
+    const US: DomId = DomId(1);
+
+    fn machine() -> (FakeMachine, FakeHypervisor) {
+        let machine = FakeMachine::new();
+        let hv = machine.domain_with(
+            US,
+            Limits {
+                pages: 20,
+                ..Limits::default()
+            },
+        );
+        (machine, hv)
+    }
+
+    /// A frame whose byte `n` is `n` modulo 251, in pieces of these lengths that end at their page's end.
+    fn pieces(hv: &mut FakeHypervisor, lens: &[usize]) -> Frame {
+        let mut frame = Frame::new();
+        let mut byte = (0..251u8).cycle();
+        for len in lens {
+            let mut page = hv.allocate().unwrap();
+            page[4096 - len..].fill_with(|| byte.next().unwrap());
+            let (offset, len) = (
+                u16::try_from(4096 - len).unwrap(),
+                u16::try_from(*len).unwrap(),
+            );
+            frame.push(page, offset, len).unwrap();
+        }
+        frame
+    }
+
+    fn expected(len: usize) -> Vec<u8> {
+        (0..251u8).cycle().take(len).collect()
+    }
+
+    fn all(frame: &Frame) -> Vec<u8> {
+        frame.bytes().flatten().copied().collect()
+    }
+
+    #[test]
+    fn a_frame_of_our_own_is_one_fragment() {
+        let (machine, mut hv) = machine();
+        let mut frame = Frame::new();
+        assert!(frame.fill(&mut hv, &expected(60)));
+        assert_eq!((frame.len(), frame.header()), (60, &expected(60)[..]));
+        assert!(!frame.fill(&mut hv, &[]));
+        assert!(frame.is_empty());
+        assert!(!frame.fill(&mut hv, &expected(4097)));
+        assert!(frame.fill(&mut hv, &expected(4096)));
+        let fragment = frame.take_single().unwrap();
+        assert_eq!((fragment.offset(), fragment.len()), (0, 4096));
+        assert!(frame.is_empty());
+        hv.release(fragment.into_page());
+        assert_eq!(machine.resources(US), Resources::default());
+    }
+
+    #[test]
+    fn fragments_that_do_not_fit_are_given_back() {
+        let (machine, mut hv) = machine();
+        let mut frame = Frame::new();
+        for (offset, len) in [
+            (0, 0),
+            (0, 4097),
+            (4096, 1),
+            (u16::MAX, u16::MAX),
+            (4000, 97),
+        ] {
+            let page = hv.allocate().unwrap();
+            let page = frame.push(page, offset, len).unwrap_err();
+            hv.release(page);
+        }
+        assert!(frame.is_empty());
+        for number in 0..MAX_FRAGMENTS + 1 {
+            let page = hv.allocate().unwrap();
+            // 16 whole pages are one byte too many, so the 16th is refused and the smaller ones after it are not.
+            let len = if number < 16 { 4096 } else { 1 };
+            if let Err(page) = frame.push(page, 0, len) {
+                hv.release(page);
+            }
+        }
+        assert_eq!((frame.fragments().len(), frame.len()), (18, 15 * 4096 + 3));
+        let page = hv.allocate().unwrap();
+        let page = frame.push(page, 0, 1).unwrap_err();
+        hv.release(page);
+        frame.release(&mut hv);
+        assert_eq!(machine.resources(US), Resources::default());
+    }
+
+    #[test]
+    fn bytes_are_copied_from_anywhere() {
+        let (_machine, mut hv) = machine();
+        let mut frame = pieces(&mut hv, &[10, 1, 300, 4096, 7]);
+        assert_eq!(all(&frame), expected(4414));
+        for (at, len) in [
+            (0, 4414),
+            (0, 5),
+            (9, 3),
+            (10, 1),
+            (11, 300),
+            (4400, 14),
+            (311, 4103),
+        ] {
+            let mut to = vec![0; len];
+            assert_eq!(frame.copy_to(at, &mut to), len);
+            assert_eq!(to, expected(4414)[at..at + len]);
+        }
+        let mut to = [0; 10];
+        assert_eq!(frame.copy_to(4410, &mut to), 4);
+        assert_eq!(frame.copy_to(4414, &mut to), 0);
+        assert_eq!(frame.copy_to(usize::MAX, &mut to), 0);
+        frame.release(&mut hv);
+    }
+
+    #[test]
+    fn editing_headers_marks_what_may_be_edited_and_no_more() {
+        let (_machine, mut hv) = machine();
+        let mut frame = Frame::new();
+        let mut page = hv.allocate().unwrap();
+        page.clear_for(US, 0..0);
+        frame.push(page, 100, 1000).unwrap();
+        assert_eq!(frame.header_mut(54).len(), 54);
+        assert_eq!(frame.fragments()[0].page.dirty(), 154);
+        assert_eq!(frame.header_for_edit(60).len(), 1000);
+        assert_eq!(frame.fragments()[0].page.dirty(), 160);
+        assert_eq!(frame.header_mut(5000).len(), 1000);
+        frame.release(&mut hv);
+        assert_eq!(frame.header_mut(5).len(), 0);
+    }
+
+    #[test]
+    fn headers_become_linear_and_emptied_pages_come_back() {
+        for (lens, fragments, linear) in [
+            (&[300, 10][..], 2, 300),
+            (&[255, 1, 10], 2, 256),
+            (&[1, 1, 1, 300], 2, 256),
+            (&[10, 20], 1, 30),
+            (&[14, 242], 1, 256),
+            (&[100, 4096, 4096], 3, 256),
+            (&[3; 18], 1, 54),
+        ] {
+            let (machine, mut hv) = machine();
+            let total = lens.iter().sum();
+            let mut frame = pieces(&mut hv, lens);
+            frame.linearize(&mut hv, HEADER_LEN);
+            assert_eq!(all(&frame), expected(total));
+            assert_eq!(frame.len(), total);
+            assert_eq!(frame.fragments().len(), fragments, "{lens:?}");
+            assert_eq!(frame.header().len(), linear);
+            assert_eq!(machine.resources(US).pages, fragments);
+            frame.release(&mut hv);
+            assert_eq!(machine.resources(US), Resources::default());
+        }
+    }
+
+    #[test]
+    fn a_drained_frame_is_empty_and_plain() {
+        let (_machine, mut hv) = machine();
+        let mut frame = pieces(&mut hv, &[100, 100]);
+        frame.checksum = Checksum::Blank;
+        frame.gso = NonZeroU16::new(1448).map(|size| Gso {
+            size,
+            family: GsoType::TcpV4,
+        });
+        assert!(frame.take_single().is_none());
+        for fragment in frame.drain() {
+            hv.release(fragment.into_page());
+        }
+        assert!(frame.is_empty());
+        assert_eq!((frame.checksum, frame.gso), (Checksum::Unverified, None));
+    }
+
+    #[test]
+    fn segment_counts_are_bounded() {
+        let cut = |header_len, payload_len| Segments {
+            header_len,
+            payload_len,
+            checksum: Checksum::Blank,
+        };
+        assert_eq!(cut(54, 1448).count(54 + 1448), 1);
+        assert_eq!(cut(54, 1448).count(54 + 1449), 2);
+        assert_eq!(cut(54, 1448).checked_count(54, 64), None, "no payload");
+        assert_eq!(cut(54, 0).checked_count(1000, 64), None);
+        assert_eq!(cut(0, 1000).checked_count(1000, 64), None);
+        assert_eq!(cut(257, 1000).checked_count(1000, 64), None);
+        assert_eq!(cut(256, 3840).checked_count(65_535, 64), Some(17));
+        assert_eq!(
+            cut(256, 3841).checked_count(65_535, 64),
+            None,
+            "longer than a page"
+        );
+        assert_eq!(cut(54, 1000).checked_count(54 + 64_000, 64), Some(64));
+        assert_eq!(cut(54, 1000).checked_count(54 + 64_001, 64), None);
+        assert_eq!(cut(u16::MAX, u16::MAX).checked_count(usize::MAX, 64), None);
+        assert_eq!(cut(256, 1).headers_per_page(), 16);
+        assert_eq!(cut(0, 1).headers_per_page(), 1);
+    }
+}

@@ -19,12 +19,38 @@ const PAGE_END: u16 = 4096;
 const _: () = assert!(PAGE_END as usize == PAGE_SIZE);
 
 /// What a page remembers of its content, for a pool to keep while it has the page. See [`Page`].
+///
+/// One word, so that a page is passed in two registers: bits 0 to 15 are the high-water mark (bytes from there on are
+/// zero or the last writer's own), bits 16 to 31 the domain that last had write access, or [`NOBODY`].
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct PageMarks {
-    /// Bytes from here on are zero or the last writer's own.
-    dirty: u16,
-    /// The peer that last had write access, if it was not cleared since.
-    writer: Option<DomId>,
+pub(crate) struct PageMarks(u32);
+
+/// No domain's id.
+const NOBODY: DomId = DomId(u16::MAX);
+
+impl PageMarks {
+    /// Nothing is known.
+    const UNKNOWN: Self = Self::new(PAGE_END, NOBODY);
+
+    const fn new(dirty: u16, writer: DomId) -> Self {
+        Self(dirty as u32 | (writer.0 as u32) << 16)
+    }
+
+    const fn dirty(self) -> u16 {
+        let [low, high, _, _] = self.0.to_le_bytes();
+        u16::from_le_bytes([low, high])
+    }
+
+    const fn writer(self) -> DomId {
+        let [_, _, low, high] = self.0.to_le_bytes();
+        DomId(u16::from_le_bytes([low, high]))
+    }
+
+    /// Whether the page holds what another peer wrote, unseen by us.
+    fn foreign_to(self, peer: DomId) -> bool {
+        let writer = self.writer();
+        writer != NOBODY && writer != peer
+    }
 }
 
 /// A page of our own memory that nobody else can reach: 4,096 bytes, read and written as a slice.
@@ -54,10 +80,7 @@ impl Page {
     ///    program runs, and no other pointer to it is used while this value (or what it turns into) lives.
     #[must_use]
     pub(crate) const unsafe fn from_raw(base: NonNull<[u8; PAGE_SIZE]>) -> Self {
-        let marks = PageMarks {
-            dirty: PAGE_END,
-            writer: None,
-        };
+        let marks = PageMarks::UNKNOWN;
         Self { base, marks }
     }
 
@@ -97,22 +120,28 @@ impl Page {
     /// The high-water mark: bytes from here on are zero or were written by the last peer with write access.
     #[must_use]
     pub const fn dirty(&self) -> usize {
-        self.marks.dirty as usize
+        self.marks.dirty() as usize
     }
 
     /// Notes that bytes up to `end` (exclusive, at most 4,096) were or will be written, for instance by a grant copy.
     pub fn mark_dirty(&mut self, end: usize) {
-        self.marks.dirty = self.marks.dirty.max(u16::try_from(end).unwrap_or(PAGE_END));
+        let end = u16::try_from(end).unwrap_or(PAGE_END).min(PAGE_END);
+        if end > self.marks.dirty() {
+            self.marks = PageMarks::new(end, self.marks.writer());
+        }
     }
 
     /// Notes that `peer` may have written anything anywhere: it had the page granted for writing.
     ///
     /// A note about another peer is not lost: the whole page then counts as written.
     pub fn note_writer(&mut self, peer: DomId) {
-        if self.marks.writer.is_some_and(|writer| writer != peer) {
-            self.marks.dirty = PAGE_END;
-        }
-        self.marks.writer = Some(peer);
+        let foreign = self.marks.foreign_to(peer);
+        let dirty = if foreign {
+            PAGE_END
+        } else {
+            self.marks.dirty()
+        };
+        self.marks = PageMarks::new(dirty, peer);
     }
 
     /// The bytes of `range` (cut at the page's end), for writing; only they count as written.
@@ -134,24 +163,23 @@ impl Page {
     ///
     /// `peer` may see what it wrote itself. Costs nothing when the page held no more than `keep` before.
     pub fn clear_for(&mut self, peer: DomId, keep: Range<usize>) {
-        if self.marks.writer.is_some_and(|writer| writer != peer) {
-            self.marks.dirty = PAGE_END;
-            self.marks.writer = None;
+        if self.marks.foreign_to(peer) {
+            self.marks = PageMarks::UNKNOWN;
         }
-        if keep.start == 0 && self.dirty() <= keep.end {
-            return;
+        if keep.start != 0 || self.dirty() > keep.end {
+            self.clear_outside(keep);
         }
-        self.clear_outside(keep);
     }
 
     /// Zeroes the written bytes outside `keep` and lowers the mark to what is left.
     fn clear_outside(&mut self, keep: Range<usize>) {
-        let dirty = self.marks.dirty;
+        let marks = self.marks;
+        let dirty = marks.dirty();
         let end = u16::try_from(keep.end).unwrap_or(PAGE_END).min(dirty);
         let start = u16::try_from(keep.start).unwrap_or(PAGE_END).min(end);
         self.bytes_mut(0..usize::from(start)).fill(0);
         self.bytes_mut(usize::from(end)..usize::from(dirty)).fill(0);
-        self.marks.dirty = if start == end { 0 } else { end };
+        self.marks = PageMarks::new(if start == end { 0 } else { end }, marks.writer());
     }
 }
 
@@ -165,7 +193,7 @@ impl Deref for Page {
 
 impl DerefMut for Page {
     fn deref_mut(&mut self) -> &mut Self::Target {
-        self.marks.dirty = PAGE_END;
+        self.mark_dirty(PAGE_SIZE);
         // SAFETY: as in `deref`, and `&mut self` makes it exclusive.
         unsafe { self.base.as_mut() }
     }
@@ -248,5 +276,113 @@ impl Port {
     #[must_use]
     pub const fn number(&self) -> PortNumber {
         self.number
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::host_page;
+
+    const NETVM: DomId = DomId(2);
+    const OTHER: DomId = DomId(3);
+
+    /// A page whose 4,096 bytes are `byte` and known to be clean for everybody.
+    fn clean() -> Page {
+        let mut page = host_page();
+        page.clear_for(NETVM, 0..0);
+        assert_eq!(page.dirty(), 0);
+        page
+    }
+
+    #[test]
+    fn a_page_is_two_words_and_an_absent_one_as_well() {
+        assert_eq!(size_of::<Page>(), 16);
+        assert_eq!(size_of::<Option<Page>>(), 16);
+    }
+
+    #[test]
+    fn a_page_of_unknown_content_is_cleared_whole() {
+        let mut page = host_page();
+        page.fill(7);
+        page.clear_for(NETVM, 100..200);
+        assert!(
+            page[..100]
+                .iter()
+                .chain(&page[200..])
+                .all(|byte| *byte == 0)
+        );
+        assert!(page[100..200].iter().all(|byte| *byte == 7));
+        assert_eq!(page.dirty(), 200);
+    }
+
+    #[test]
+    fn only_what_was_written_is_cleared() {
+        let mut page = clean();
+        page.bytes_mut(0..1500).fill(7);
+        page.bytes_mut(0..60).fill(8);
+        assert_eq!(page.dirty(), 1500);
+        page.clear_for(NETVM, 0..60);
+        assert_eq!(page.dirty(), 60);
+        assert_eq!(page[..60], [8; 60]);
+        assert!(page[60..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn writing_through_the_slice_counts_as_writing_all_of_it() {
+        let mut page = clean();
+        page[0] = 1;
+        assert_eq!(page.dirty(), PAGE_SIZE);
+    }
+
+    #[test]
+    fn a_peer_may_see_again_what_it_wrote() {
+        let mut page = clean();
+        page.note_writer(NETVM);
+        // What the peer wrote, which we did not see: straight into the memory.
+        // SAFETY: the test's own page; nobody else refers to it.
+        unsafe { page.base.as_mut() }.fill(9);
+        page.bytes_mut(0..54).fill(1);
+        page.clear_for(NETVM, 0..0);
+        assert_eq!(page[..54], [0; 54]);
+        assert_eq!(page[54..], [9; PAGE_SIZE - 54]);
+        page.clear_for(OTHER, 0..0);
+        assert!(page.iter().all(|byte| *byte == 0), "another peer must not");
+    }
+
+    #[test]
+    fn a_second_writer_does_not_make_the_first_forgotten() {
+        let mut page = clean();
+        page.note_writer(NETVM);
+        // SAFETY: as above.
+        unsafe { page.base.as_mut() }.fill(9);
+        page.note_writer(OTHER);
+        page.clear_for(OTHER, 0..0);
+        assert!(page.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_pool_keeps_the_marks() {
+        let mut page = clean();
+        page.mark_dirty(77);
+        page.note_writer(NETVM);
+        let (base, marks) = page.into_parts();
+        // SAFETY: taken apart just now and not touched since.
+        let mut page = unsafe { Page::from_parts(base, marks) };
+        assert_eq!(page.dirty(), 77);
+        page.clear_for(NETVM, 0..77);
+        assert_eq!(page.dirty(), 77);
+        page.clear_for(OTHER, 0..77);
+        assert_eq!(page.dirty(), 77, "the rest was cleared");
+    }
+
+    #[test]
+    fn ranges_beyond_the_page_are_cut() {
+        let mut page = clean();
+        assert_eq!(page.bytes_mut(4000..5000).len(), 96);
+        assert_eq!(page.bytes_mut(5000..6000).len(), 0);
+        assert_eq!(page.dirty(), PAGE_SIZE);
+        page.clear_for(NETVM, 5000..9000);
+        assert_eq!(page.dirty(), 0);
     }
 }

@@ -101,9 +101,13 @@ pub struct Gso {
     pub family: GsoFamily,
 }
 
+/// The engine changes nothing behind this many bytes of a frame that it lets go on.
+pub const MAX_EDITED: usize = 256;
+
 /// An Ethernet frame on its way through the engine.
 ///
-/// The engine rewrites `head` in place and may change `checksum` and `gso`. It never lengthens a frame.
+/// The engine rewrites the first [`MAX_EDITED`] bytes of `head` in place and may change `checksum` and
+/// `gso`. It never lengthens a frame; it cuts padding behind the packet off `len`.
 #[derive(Debug)]
 pub struct Frame<'a> {
     /// The linear first part, from the destination address on: all headers, and the whole frame if it

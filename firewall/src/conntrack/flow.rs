@@ -35,14 +35,17 @@ impl Ticks {
         Self(self.0.wrapping_add(ticks))
     }
 
-    /// Seconds in a number of ticks, rounded up.
+    /// Seconds in a number of ticks, rounded down.
     pub(crate) const fn to_seconds(ticks: u32) -> u32 {
-        low32(((ticks as u64) << TICK_SHIFT).div_ceil(1_000_000_000))
+        low32(((ticks as u64) << TICK_SHIFT) / 1_000_000_000)
     }
 
-    /// The first moment with this tick, not long after `now`.
+    /// The first moment with this tick, or `now` if that is past.
     pub(crate) const fn to_time(self, now: Time) -> Time {
         let ahead = self.since(Self::at(now));
+        if ahead == 0 || ahead > u32::MAX / 2 {
+            return now;
+        }
         let start = (now.as_nanos() >> TICK_SHIFT).saturating_add(ahead as u64);
         Time::from_nanos(start << TICK_SHIFT)
     }

@@ -22,7 +22,7 @@
 use alloc::boxed::Box;
 use alloc::vec;
 
-use super::flow::{ASSURED, Flow, IN_ASSURED_LIST, Key, LIVE, ON_WHEEL, REMAPPED, Ticks};
+use super::flow::{Flow, IN_ASSURED_LIST, Key, LIVE, ON_WHEEL, REMAPPED, Ticks};
 use super::index::{Index, Place, Reference};
 use crate::address::Address;
 use crate::config::{MAX_FLOWS, MIN_FLOWS};
@@ -539,16 +539,7 @@ impl<A: Address> FlowTable<A> {
         });
         next.map(|ahead| Ticks(self.slot_done.wrapping_add(ahead) << SLOT_SHIFT))
     }
-
-    /// Whether a flow is assured, for tests of the order of eviction.
-    #[cfg(test)]
-    pub(crate) fn is_assured(&self, number: u32) -> bool {
-        self.get(number)
-            .is_some_and(|flow| flow.flags & ASSURED != 0)
-    }
 }
-
-const _: u8 = ASSURED;
 
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,7 @@ use super::{forward, local, related};
 use crate::conntrack::flow::{self, Flow, Key, Ticks};
 use crate::conntrack::table::FlowTable;
 use crate::conntrack::tcp::{self, Patience, Segment, Side, State, Track, Tracked};
-use crate::frame::{Frame, Iface, Time};
+use crate::frame::{ClientId, Frame, Iface, Time};
 use crate::nat;
 use crate::registry::Rules;
 use crate::rule::Action;
@@ -151,6 +151,10 @@ pub(crate) fn without_flow<A: Local>(
     let Some(uplink) = uplink else {
         return Verdict::Drop(DropReason::NoRoute);
     };
+    // The source speaks through this vif now (D10).
+    if let Iface::Client(ClientId(id)) = ingress {
+        core.registry.use_vif(source, id);
+    }
     let start = Start {
         source,
         destination,

@@ -12,7 +12,7 @@ use super::forward::{self, Change};
 use crate::address::Address;
 use crate::conntrack::flow::{self, Key, Ticks};
 use crate::conntrack::table::FlowTable;
-use crate::frame::{Checksum, ClientId, Frame, Iface, Time};
+use crate::frame::{Checksum, ClientId, Frame, Iface, MAX_EDITED, Time};
 use crate::rule::Family;
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::icmp::{self, Message};
@@ -168,6 +168,10 @@ fn read_quote<A: Local>(frame: &Frame<'_>, packet: &Packet<A>) -> Option<Quote<A
         .get(..len.checked_sub(ICMP_HEADER)?)
         .unwrap_or(available);
     let (src, dst, number, header_len) = A::read_quoted(quoted)?;
+    // What is rewritten ends with the quoted checksum.
+    if start + header_len + 20 > MAX_EDITED {
+        return None;
+    }
     let transport = quoted.get(header_len..)?;
     let ports = match number {
         protocol::TCP | protocol::UDP => u32::from_be_bytes(*transport.first_chunk()?),

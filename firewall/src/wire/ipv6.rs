@@ -18,6 +18,10 @@ pub(crate) const HEADER: usize = 40;
 /// Most extension headers that are looked behind.
 const MAX_EXTENSIONS: usize = 8;
 
+/// Most bytes that all headers of a packet may take, so that what is rewritten stays within
+/// [`crate::frame::MAX_EDITED`] bytes.
+const MAX_HEADERS: u16 = 160;
+
 /// Takes an IPv6 packet apart.
 #[inline(always)]
 pub(crate) fn parse(head: &[u8], frame_len: u32) -> Result<Parts<'_, V6>, DropReason> {
@@ -120,8 +124,13 @@ fn first(payload: &[u8], at: usize) -> Result<&[u8; 8], DropReason> {
         .ok_or(DropReason::MalformedIpv6)
 }
 
+/// Bytes from the start of the fixed header; an error for chains that nobody sends.
 fn offset_from_header(at: usize) -> Result<u16, DropReason> {
-    u16::try_from(at + HEADER).map_err(|_| DropReason::MalformedIpv6)
+    let offset = u16::try_from(at + HEADER).map_err(|_| DropReason::MalformedIpv6)?;
+    if offset > MAX_HEADERS {
+        return Err(DropReason::MalformedIpv6);
+    }
+    Ok(offset)
 }
 
 /// The upper-layer protocol of a packet of which only the start may be there, and the bytes of its

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod assets;
+pub mod bench_command;
 pub mod claims;
 pub mod demo_command;
 pub mod host;

@@ -4,6 +4,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use xtask::bench_command::{self, BenchArguments};
 use xtask::demo_command::{self, DemoArguments};
 use xtask::host::Unusable;
 use xtask::image::{self, ImageArguments};
@@ -34,6 +35,8 @@ enum Command {
     /// Runs every test, on the host and in the lab, with one summary.
     #[command(visible_alias = "ci")]
     Test(TestArguments),
+    /// Measures the engine, and transfers with and without the firewall.
+    Bench(BenchArguments),
     /// Builds the bootable image and says what it is.
     Image(ImageArguments),
     /// Boots Xen in QEMU with a firewall and clients, and gives you its dom0 shell.
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
     let outcome = Workspace::find().and_then(|workspace| match &arguments.command {
         Command::Demo(arguments) => demo_command::run(&workspace, &screen, arguments),
         Command::Test(arguments) => test_command::run(&workspace, &screen, arguments),
+        Command::Bench(arguments) => bench_command::run(&workspace, &screen, arguments),
         Command::Image(arguments) => image::run(&workspace, &screen, arguments),
         Command::Lab(arguments) => lab_command::run(&workspace, &screen, arguments),
     });

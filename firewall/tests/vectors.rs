@@ -3,6 +3,13 @@
 //! Source: `tests/vectors/qubes-policy.json`, section 9 of the policy specification. Names in rules
 //! are resolved from each vector's own `dns` table.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test"
+)]
+
 mod common;
 
 use std::collections::BTreeMap;

@@ -257,6 +257,6 @@ mod tests {
     fn padding_after_the_packet_is_not_transport() {
         let mut bytes = frame(&[]);
         bytes.extend([0; 18]);
-        assert_eq!(parse(&mut bytes, 60).unwrap().transport.len(), 8);
+        assert_eq!(parse(&bytes, 60).unwrap().transport.len(), 8);
     }
 }

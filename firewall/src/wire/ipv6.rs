@@ -198,7 +198,7 @@ mod tests {
         );
         bytes.extend(payload);
         let len = u32::try_from(bytes.len()).unwrap();
-        parse(&mut bytes, len).map(|parts| parts.network)
+        parse(&bytes, len).map(|parts| parts.network)
     }
 
     #[test]

@@ -160,7 +160,7 @@ impl Ip {
         bytes.extend(total.to_be_bytes());
         bytes.extend(self.id.to_be_bytes());
         let (offset, more) = self.fragment.unwrap_or((0, false));
-        let flags = u16::from(self.dont_fragment) << 14 | u16::from(more) << 13 | offset / 8;
+        let flags = u16::from(self.dont_fragment) << 14 | u16::from(more) << 13 | (offset / 8);
         bytes.extend(flags.to_be_bytes());
         bytes.extend([self.ttl, self.protocol, 0, 0]);
         bytes.extend(src.octets());

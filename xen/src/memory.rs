@@ -4,8 +4,8 @@
 //! arithmetic checked. Everything is pure up to the moment where a region becomes pages.
 //!
 //! With `maxmem > memory` the map shows more RAM than the domain has, and Xen kills a domain that touches too much of it.
-//! Therefore what Xen does not back is left out at boot ([`unbacked_bytes`]), and the pool touches no page before it is
-//! first handed out, so that more can be given up later ([`PagePool::set_aside`]).
+//! Therefore what Xen does not back is left out at boot (`unbacked_bytes`), and the pool touches no page before it is
+//! first handed out, so that more can be given up later (`PagePool::set_aside`).
 //!
 //! RAM above 4 GiB is not used; page tables end there. Nobody gives a firewall that much.
 

@@ -58,6 +58,9 @@ boot_gdt_end:
 boot_gdt_pointer:
     .word boot_gdt_end - boot_gdt - 1
     .long boot_gdt
+    .balign 4
+boot_mxcsr:
+    .long 0x1F80                    # round to nearest, all exceptions masked
     .popsection
 
     .pushsection .text.entry, "ax", @progbits
@@ -117,6 +120,8 @@ portcullis_entry:
     xorl %eax, %eax
     movl %eax, %fs
     movl %eax, %gs
+    fninit                          # FPU and SSE state at entry are not specified
+    ldmxcsr boot_mxcsr
     xorl %ebp, %ebp
     call {start}
     ud2

@@ -27,6 +27,8 @@ use alloc::sync::Arc;
 use core::fmt;
 use core::net::{IpAddr, Ipv4Addr};
 
+use litemap::LiteMap;
+
 use crate::address_text::{AddressText, family, parse_canonical, parse_ipv4};
 use crate::firewall_tree::TreeKey;
 use crate::qubesdb::Sink;
@@ -112,9 +114,9 @@ pub struct Store {
     keys: Keys,
     /// The keys of the dump under way.
     dumped: Option<Keys>,
-    targets: BTreeMap<IpAddr, Target>,
+    targets: LiteMap<IpAddr, Target>,
     /// Every target by its position in the order of commits.
-    by_sequence: BTreeMap<u64, IpAddr>,
+    by_sequence: LiteMap<u64, IpAddr>,
     next_sequence: u64,
     /// Targets with commits that no event has told of yet, each once.
     commits: VecDeque<IpAddr>,
@@ -163,8 +165,8 @@ impl Store {
         Self {
             keys: BTreeMap::new(),
             dumped: None,
-            targets: BTreeMap::new(),
-            by_sequence: BTreeMap::new(),
+            targets: LiteMap::new(),
+            by_sequence: LiteMap::new(),
             next_sequence: 0,
             commits: VecDeque::new(),
             settings_changed: false,
@@ -261,9 +263,10 @@ impl Store {
             if self.cost <= self.budget / 4 {
                 break;
             }
-            let Some((_, address)) = self.by_sequence.pop_first() else {
+            let Some((&sequence, &address)) = self.by_sequence.first() else {
                 break;
             };
+            self.by_sequence.remove(&sequence);
             if is_attached(address) {
                 // Out of the way of later calls.
                 self.put_last(address);
@@ -476,7 +479,7 @@ impl Store {
     fn drop_dump(&mut self) {
         if let Some(keys) = self.dumped.take() {
             self.cost -= cost_of_keys(&keys);
-            for target in self.targets.values_mut() {
+            for (_, target) in self.targets.iter_mut() {
                 self.cost -= target.dumped.take().map_or(0, |tree| tree.cost());
             }
         }

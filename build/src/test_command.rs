@@ -352,10 +352,10 @@ fn readiness(world: &LabWorld) -> Result<(Duration, String)> {
 
 /// Ways to crash, with what the console must say then.
 const CRASHES: [(&str, &str); 4] = [
-    ("panic", "kernel/src/crash.rs:"),
-    ("null", "page fault"),
-    ("text", "page fault"),
-    ("stack", "page fault"),
+    ("crash panic", "kernel/src/crash.rs:"),
+    ("crash null", "page fault"),
+    ("crash text", "page fault"),
+    ("crash stack", "page fault"),
 ];
 
 fn crash_and_read(world: &mut LabWorld) -> Result<Vec<String>> {

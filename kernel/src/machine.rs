@@ -217,7 +217,11 @@ impl Firewall {
         }
         let mut lines: heapless::Vec<String, 4> = heapless::Vec::new();
         let _ = self.terminal.pump(console, |line| {
-            let _ = lines.push(String::from(line));
+            // Commands start with a letter. A console that echoes (dom0's pty in cooked mode) sends us our own log lines
+            // and error messages, none of which does; answering them would never end.
+            if line.starts_with(|first: char| first.is_ascii_lowercase()) {
+                let _ = lines.push(String::from(line));
+            }
         });
         for line in lines {
             let text = self.answer(hv, &line);

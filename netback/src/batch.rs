@@ -322,12 +322,14 @@ impl Batch {
         self.generation
     }
 
-    /// Whether a frame of this many operations (no fewer than pages) and slot ids can be received, for this many
-    /// uplink slots.
-    pub(crate) fn fits(&self, ops: usize, ids: usize, uplink_slots: usize) -> bool {
-        ops <= self.room()
-            && ids <= self.limit.saturating_sub(self.ids.len())
-            && self.uplink_slots_used.saturating_add(uplink_slots) <= self.uplink_slots
+    /// Whether a frame of this many operations (no fewer than pages) and slot ids can be received.
+    pub(crate) fn fits(&self, ops: usize, ids: usize) -> bool {
+        ops <= self.room() && ids <= self.limit.saturating_sub(self.ids.len())
+    }
+
+    /// Whether the uplink can take a received frame of this many slots.
+    pub(crate) const fn fits_uplink(&self, slots: usize) -> bool {
+        self.uplink_slots_used.saturating_add(slots) <= self.uplink_slots
     }
 
     /// Whether this many operations and pages can be added to send something.

@@ -32,6 +32,7 @@
 //! hv.notify(ports)                         one hypercall for all peers
 //! if nothing was done and batch.is_empty():
 //!     arm everything; if nothing came in meanwhile, hv.wait(ports, earliest deadline)
+//!     (a vif that is held back says that there is work, and can only do it when the uplink has slots again: sleep)
 //! ```
 //!
 //! Responses are written when requests are taken, but published only when their copies are done

@@ -55,6 +55,7 @@ impl Vif {
         budget: Budget,
     ) -> Result<u32, PeerError> {
         self.check_copy_failures()?;
+        self.held_back = false;
         let mut available = self.tx_available()?;
         if available == 0 {
             self.deficit = 0;
@@ -111,8 +112,11 @@ impl Vif {
             self.respond(slot.id, status);
             return Ok(Step::Refused);
         }
-        if u32::from(slot.size) > self.deficit || !batch.fits(1, 0, 1) {
+        if u32::from(slot.size) > self.deficit || !batch.fits(1, 0) {
             return Ok(Step::Later);
+        }
+        if !batch.fits_uplink(1) {
+            return Ok(self.hold_back());
         }
         let page = if *pages > RESERVED_PAGES {
             hv.allocate()
@@ -120,8 +124,7 @@ impl Vif {
             None
         };
         let Some(mut page) = page else {
-            self.counters.receive_pool_low = self.counters.receive_pool_low.wrapping_add(1);
-            return Ok(Step::Later);
+            return Ok(self.hold_back_for_pages());
         };
         *pages = pages.wrapping_sub(1);
         page.mark_dirty(usize::from(slot.size));
@@ -169,20 +172,19 @@ impl Vif {
         let needed = usize::from(page_count);
         let uplink_slots = needed.wrapping_add(usize::from(chain.gso.is_some()));
         let most_ops = chain.slots().len().wrapping_add(needed);
-        if u32::from(chain.len) > self.deficit
-            || !batch.fits(most_ops, chain.slots().len(), uplink_slots)
-        {
+        if u32::from(chain.len) > self.deficit || !batch.fits(most_ops, chain.slots().len()) {
             return Ok(Step::Later);
+        }
+        if !batch.fits_uplink(uplink_slots) {
+            return Ok(self.hold_back());
         }
         // What is in reserve is for frames of many pages, so that they are not starved by those of one.
         let reserve = if needed == 1 { RESERVED_PAGES } else { 0 };
         if pages.saturating_sub(reserve) < needed {
-            self.counters.receive_pool_low = self.counters.receive_pool_low.wrapping_add(1);
-            return Ok(Step::Later);
+            return Ok(self.hold_back_for_pages());
         }
         let Some(first_page) = add_pages(hv, batch, chain.len) else {
-            self.counters.receive_pool_low = self.counters.receive_pool_low.wrapping_add(1);
-            return Ok(Step::Later);
+            return Ok(self.hold_back_for_pages());
         };
         *pages = pages.wrapping_sub(needed);
         let first_op = batch.next_op();
@@ -215,6 +217,20 @@ impl Vif {
         self.count_taken(&frame);
         batch.add_received(frame, uplink_slots);
         Ok(Step::Taken)
+    }
+
+    /// Leaves a frame in the ring because the uplink cannot take it now.
+    #[cold]
+    const fn hold_back(&mut self) -> Step {
+        self.held_back = true;
+        Step::Later
+    }
+
+    /// Leaves a frame in the ring because the pool is low.
+    #[cold]
+    const fn hold_back_for_pages(&mut self) -> Step {
+        self.counters.receive_pool_low = self.counters.receive_pool_low.wrapping_add(1);
+        self.hold_back()
     }
 
     /// Adds the copies of a checked chain: its bytes one after the other from the start of the first page.

@@ -101,6 +101,8 @@ pub struct Vif {
     rx_ready: u32,
     /// Bytes that the client may still send this turn.
     pub(crate) deficit: u32,
+    /// See [`Vif::is_held_back`].
+    pub(crate) held_back: bool,
     pub(crate) queue: Queue,
     /// Since when no waiting frame could be sent for want of buffers.
     pub(crate) blocked_since: Option<Time>,
@@ -174,6 +176,7 @@ impl Vif {
             rx_seen: 0,
             generation: u64::MAX,
             deficit: 0,
+            held_back: false,
             queue: Queue::new(),
             blocked_since: None,
             stalled: false,
@@ -256,7 +259,8 @@ impl Vif {
 
     /// Asks the client for a notification of new requests, and of buffers if frames wait for them.
     ///
-    /// Returns whether there is something to do already: then do not sleep.
+    /// Returns whether there is something to do already: then do not sleep, unless the vif [is held
+    /// back](Vif::is_held_back).
     ///
     /// # Errors
     ///
@@ -274,6 +278,17 @@ impl Vif {
         let buffers = self.rx.arm(needed);
         let buffers = buffers.map_err(|_| self.give_up(PeerError::ImpossibleProducer(Ring::Rx)))?;
         Ok(requests || buffers)
+    }
+
+    /// Whether the last [`Vif::receive`] left frames in the ring because the uplink has too few tx slots or the pool
+    /// too few pages.
+    ///
+    /// Nothing that the client does changes that, so this is no reason to stay awake: the uplink notifies when slots come
+    /// free (`netfront`'s `arm` asks for it), and pages come with them. Call [`Vif::receive`] after each wake-up as long as
+    /// this holds.
+    #[must_use]
+    pub const fn is_held_back(&self) -> bool {
+        self.held_back
     }
 
     /// Ends all service for the client.

@@ -308,7 +308,6 @@ impl Uplink {
 
     #[cold]
     const fn note_full(&mut self) -> TxError {
-        self.tx_was_full = true;
         self.counters.send_full = self.counters.send_full.wrapping_add(1);
         TxError::Full
     }

@@ -90,8 +90,6 @@ pub struct Uplink {
     pub(crate) spare: Vec<Page>,
     /// Rx responses that were seen and not consumed.
     pub(crate) rx_seen: u32,
-    /// A frame did not fit since the last arm.
-    pub(crate) tx_was_full: bool,
     /// When to look for tx responses, and how long to wait after that.
     pub(crate) next_sweep: Option<Time>,
     pub(crate) sweep_interval: Duration,
@@ -148,7 +146,6 @@ impl Uplink {
             rx_wanted: parameters.rx_buffers.clamp(MIN_RX_BUFFERS, RING_SIZE),
             spare: Vec::with_capacity(SLOTS),
             rx_seen: 0,
-            tx_was_full: false,
             next_sweep: None,
             sweep_interval: SWEEP_INTERVAL,
             quarantine: Quarantine::with_room(2 * SLOTS),
@@ -196,7 +193,8 @@ impl Uplink {
 
     /// Asks the netvm for a notification of the next received frame, and of tx responses when most slots are used.
     ///
-    /// A completed transmission does not wake us while there are slots enough: see [`Uplink::deadline`].
+    /// A completed transmission does not wake us while there are slots enough ([`TX_RESUME_SLOTS`]); with fewer we are
+    /// woken when there are that many. See also [`Uplink::deadline`].
     /// Returns whether there is something to do already: then do not sleep.
     ///
     /// # Errors
@@ -209,11 +207,9 @@ impl Uplink {
         let received = self.rx.arm(1);
         let received = received.map_err(|_| self.give_up(DeviceBroken::RxProducer))?;
         let outstanding = self.tx.outstanding();
-        let wanted = if core::mem::take(&mut self.tx_was_full) {
-            let missing = TX_RESUME_SLOTS.saturating_sub(self.tx_free_slots());
-            u32::try_from(missing).unwrap_or(1)
-        } else {
-            TX_EVENT_AFTER.max(outstanding / 4 * 3)
+        let wanted = match TX_RESUME_SLOTS.checked_sub(self.tx_free_slots()) {
+            Some(missing @ 1..) => u32::try_from(missing).unwrap_or(1),
+            _ => TX_EVENT_AFTER.max(outstanding / 4 * 3),
         };
         let completed = self.tx.arm(wanted);
         let completed = completed.map_err(|_| self.give_up(DeviceBroken::TxProducer))?;

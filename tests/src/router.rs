@@ -227,7 +227,8 @@ impl Router {
                 more |= uplink.arm().unwrap_or(true);
             }
             for vif in self.vifs.iter_mut().flatten() {
-                more |= vif.arm().unwrap_or(true);
+                let work = vif.arm().unwrap_or(true);
+                more |= work && !vif.is_held_back();
             }
             if !more {
                 self.hv.wait(&[], None);

@@ -298,6 +298,41 @@ fn back_pressure_leaves_frames_in_the_clients_ring() {
     world.close();
 }
 
+/// Frames that the uplink cannot take keep nobody awake; its completions do wake us.
+#[test]
+fn a_client_that_is_held_back_lets_us_sleep() {
+    let mut world = World::new();
+    for round in 0..2 {
+        while world.client.tx_free() > 0 {
+            world.client.put_frame(
+                &[Piece {
+                    offset: 0,
+                    bytes: pattern(60, round),
+                }],
+                0,
+                None,
+            );
+        }
+        world.client.publish();
+        // Returns only when there is nothing to do.
+        world.run();
+        world.client.reap();
+    }
+    assert!(world.router.vif().is_held_back());
+    assert_eq!(world.netvm.take().len(), 256);
+    let port = world.router.uplink.as_ref().unwrap().port();
+    world.router.hv.take_pending(port);
+    world.netvm.answer(netfront::TX_RESUME_SLOTS);
+    assert!(world.router.hv.take_pending(port), "we are woken");
+    world.run();
+    assert_eq!(world.netvm.take().len(), netfront::TX_RESUME_SLOTS);
+    world.netvm.answer_all();
+    world.run();
+    assert!(!world.router.vif().is_held_back());
+    assert_eq!(world.netvm.take().len(), 256 - netfront::TX_RESUME_SLOTS);
+    world.close();
+}
+
 #[test]
 fn completions_are_swept_without_waking_anybody() {
     let mut world = World::new();

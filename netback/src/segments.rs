@@ -23,7 +23,7 @@ impl Vif {
     /// Sends a GSO frame as segments. `write_header(k, header)` writes the header of segment `k`, of exactly
     /// `segments.header_len` bytes; it is called for all segments before anything is sent.
     ///
-    /// A client that does not post enough buffers for all segments within [`SEGMENTS_PATIENCE`] gets those for which
+    /// A client that does not post enough buffers for all segments within [`crate::SEGMENTS_PATIENCE`] gets those for which
     /// there are some.
     ///
     /// Always takes the frame out of the container.

@@ -78,10 +78,7 @@ impl Quarantine {
 
 /// Revokes a page and gives it back to the pool.
 fn free<H: Hypervisor + ?Sized>(hv: &mut H, granted: GrantedPage) -> Result<(), GrantedPage> {
-    let peer = granted.peer();
-    let mut page = hv.revoke(granted)?;
-    // It may have been granted for writing.
-    page.note_writer(peer);
+    let page = hv.revoke(granted)?;
     hv.release(page);
     Ok(())
 }

@@ -244,10 +244,7 @@ impl Uplink {
             return Err(self.give_up(DeviceBroken::RxSlot));
         };
         match hv.revoke(granted) {
-            Ok(mut page) => {
-                page.note_writer(self.backend);
-                Ok(Some(page))
-            }
+            Ok(page) => Ok(Some(page)),
             Err(granted) => self.put_aside(granted).map(|()| None),
         }
     }

@@ -108,7 +108,7 @@ pub trait Hypervisor {
     /// Gives the page back when no grant reference is free.
     fn grant(&mut self, peer: DomId, page: Page, access: Access) -> Result<GrantedPage, Page>;
 
-    /// Takes a grant back.
+    /// Takes a grant back. A page that `peer` could write is [noted](Page::note_writer) as such.
     ///
     /// # Errors
     ///

@@ -102,13 +102,20 @@ impl Hypervisor for FakeHypervisor {
 
     #[inline(never)]
     fn revoke(&mut self, granted: GrantedPage) -> Result<Page, GrantedPage> {
-        let free = self.with(|domain| {
-            let free = domain.revoke(granted.gref);
-            domain.counters.revokes += u64::from(free);
-            domain.counters.revokes_busy += u64::from(!free);
-            free
+        let access = self.with(|domain| {
+            let access = domain.revoke(granted.gref);
+            domain.counters.revokes += u64::from(access.is_some());
+            domain.counters.revokes_busy += u64::from(access.is_none());
+            access
         });
-        if free { Ok(granted.page) } else { Err(granted) }
+        let GrantedPage { mut page, peer, .. } = match access {
+            Some(_) => granted,
+            None => return Err(granted),
+        };
+        if access == Some(Access::ReadWrite) {
+            page.note_writer(peer);
+        }
+        Ok(page)
     }
 
     #[inline(never)]

@@ -215,19 +215,15 @@ impl Domain {
         self.grant_slot(gref)?.as_mut()
     }
 
-    /// Takes a grant back, unless a peer uses it.
-    pub(super) fn revoke(&mut self, gref: GrantRef) -> bool {
+    /// Takes a grant back and tells what it allowed; `None` while a peer uses it.
+    pub(super) fn revoke(&mut self, gref: GrantRef) -> Option<Access> {
         if self.fails_at(Operation::Revoke) {
-            return false;
+            return None;
         }
-        match self.grant_slot(gref) {
-            Some(slot) if slot.is_some_and(|grant| grant.mapped == 0 && !grant.held) => {
-                *slot = None;
-                self.free_grants.push_back(gref.0);
-                true
-            }
-            _ => false,
-        }
+        let slot = self.grant_slot(gref)?;
+        let grant = slot.take_if(|grant| grant.mapped == 0 && !grant.held)?;
+        self.free_grants.push_back(gref.0);
+        Some(grant.access)
     }
 
     /// The page of a grant, if `by` may use it that way; else Xen's status.

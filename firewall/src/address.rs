@@ -67,6 +67,8 @@ pub(crate) trait Address: Copy + Debug + Default + Eq + Hash + Ord + 'static {
     /// Reads the front of a packet without options, extension headers or fragmentation, if it is one
     /// and nothing is wrong with it.
     fn peek(front: &Self::Front, frame_len: u32) -> Option<Plain<Self>>;
+    /// The upper-layer protocol, if the header has neither options nor extensions.
+    fn upper(front: &Self::Front) -> u8;
     /// The destination's Ethernet address.
     fn destination_mac(front: &Self::Front) -> &Mac;
     /// The two parts of the front.
@@ -193,6 +195,11 @@ impl Address for V4 {
             ttl: front[22],
             transport_len: total_len - 20,
         })
+    }
+
+    #[inline(always)]
+    fn upper(front: &[u8; 34]) -> u8 {
+        front[23]
     }
 
     #[inline(always)]
@@ -344,6 +351,11 @@ impl Address for V6 {
             ttl: front[21],
             transport_len: payload_len,
         })
+    }
+
+    #[inline(always)]
+    fn upper(front: &[u8; 54]) -> u8 {
+        front[20]
     }
 
     #[inline(always)]

@@ -19,7 +19,7 @@ use crate::frame::{ClientId, Iface, Time};
 use crate::rule::Family;
 use crate::verdict::DropReason;
 use crate::wire::ipv4::{self, Fragment, Network};
-use crate::wire::{ethernet, put_u16};
+use crate::wire::{copy, ethernet, put_u16};
 
 /// Bytes of a block.
 const BLOCK: usize = 512;
@@ -374,9 +374,7 @@ impl Reassembly {
             self.free = block.next;
             self.free_count -= 1;
             if let Some(room) = self.data_of(number) {
-                for (to, from) in room.iter_mut().zip(chunk) {
-                    *to = *from;
-                }
+                copy(room, chunk);
             }
             if let Some(block) = self.block_mut(number) {
                 block.next = NONE;
@@ -489,9 +487,10 @@ impl Reassembly {
         }
         let header_len = usize::from(own.header_len);
         let mut buffer = core::mem::take(&mut self.buffer);
-        for (to, from) in buffer.iter_mut().zip(own.header.iter().take(header_len)) {
-            *to = *from;
-        }
+        copy(
+            &mut buffer,
+            own.header.get(..header_len).unwrap_or_default(),
+        );
         let mut write = header_len;
         let mut piece = own.first_piece;
         while let Some(first) = self.block(piece).copied() {
@@ -501,9 +500,7 @@ impl Reassembly {
                 let len = left.min(BLOCK);
                 let from = self.data_of(number).unwrap_or_default();
                 let to = buffer.get_mut(write..write + len).unwrap_or_default();
-                for (to, from) in to.iter_mut().zip(from) {
-                    *to = *from;
-                }
+                copy(to, from);
                 write += len;
                 left -= len;
                 number = next;

@@ -16,7 +16,7 @@ use common::{CLIENT_MAC, GATEWAY, Ip, Outcome, Seen, client, drain, icmp, run, s
 use firewall::rule::{
     Action, Destination, Family, PortRange, Rule, RuleChain, RuleNumber, Traffic,
 };
-use firewall::ruleset::{CompiledRules, HostPolicy, NoHosts, RuleEnvironment};
+use firewall::ruleset::{CompiledRules, HostPolicy, NoHosts, RuleEnvironment, RuleRef};
 use firewall::{
     Checksum, ClientConfig, ClientId, Downstream, DropReason, Engine, FlowCursor, FlowState, Frame,
     Gso, GsoFamily, IcmpRate, Iface, Limits, Time, UplinkConfig, Verdict,
@@ -189,6 +189,26 @@ fn reject_quotes_what_the_client_sent_with_time_to_live_counted_down() {
     );
     assert_eq!(quoted.transport, packet.transport);
     assert_eq!(world.engine.counters().icmp_errors_sent, 1);
+}
+
+#[test]
+fn last_rule_and_last_flow_explain_the_last_frame() {
+    let mut world = World::new();
+    let accept_tcp = (Action::Accept, Traffic::Tcp { ports: None });
+    world
+        .engine
+        .set_rules(ip(C1), chain(Family::Ipv4, &[accept_tcp]));
+    world.up(udp(1, 2, b""), 17);
+    assert_eq!(world.engine.last_rule(), Some(RuleRef::Policy));
+    assert_eq!(world.engine.last_flow(Family::Ipv4, world.now), None);
+    world.handshake();
+    let flow = world.engine.last_flow(Family::Ipv4, world.now).unwrap();
+    assert_eq!(
+        (flow.source, flow.translated_source),
+        ((ip(C1), 40_000), (ip(FW), 40_000))
+    );
+    assert_eq!((flow.destination, flow.rule), ((ip(SERVER), 443), Some(0)));
+    assert_eq!(world.engine.last_rule(), None);
 }
 
 #[test]

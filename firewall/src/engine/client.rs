@@ -4,9 +4,10 @@
 //! with its packets (A16 to A19, A23, A24) in [`super::forward`].
 
 use super::complain::{self, Complaint};
-use super::core::{Core, Local, Packet, Uplink};
+use super::core::{Core, Local, Packet};
 use super::{forward, local, related};
 use crate::conntrack::flow::{self, Flow, Key, Ticks};
+use crate::conntrack::index::Place;
 use crate::conntrack::table::FlowTable;
 use crate::conntrack::tcp::{self, Patience, Segment, Side, State, Track, Tracked};
 use crate::frame::{ClientId, Frame, Iface, Time};
@@ -61,17 +62,31 @@ fn read_segment<'f, A: Local>(
     Some((segment, rest.get(..options_len)?))
 }
 
+/// Where a client's packet comes from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Origin {
+    pub(crate) ingress: Iface,
+    /// The number of its source address.
+    pub(crate) source: u16,
+    /// Where its key belongs in the flow table.
+    pub(crate) place: Place,
+}
+
 /// Decides a packet of a client that has no flow.
 #[inline(never)]
 pub(crate) fn without_flow<A: Local>(
     core: &mut Core,
     table: &mut FlowTable<A>,
-    source: u16,
-    ingress: Iface,
+    origin: &Origin,
     frame: &mut Frame<'_>,
     packet: &Packet<A>,
     now: Time,
 ) -> Verdict {
+    let Origin {
+        ingress,
+        source,
+        place,
+    } = *origin;
     let network = &packet.network;
     let kind = packet.transport.kind;
     if kind == Kind::Error
@@ -106,8 +121,8 @@ pub(crate) fn without_flow<A: Local>(
     }
     // A14
     let node = A::node(&core.registry, destination);
-    let uplink = core.uplink.filter(A::has_route);
-    let mtu = match (node.attached, &uplink) {
+    let uplink = core.uplink.as_ref().filter(|own| A::has_route(own));
+    let mtu = match (node.attached, uplink) {
         (true, _) => attached_mtu(core, destination),
         (false, Some(uplink)) => uplink.config.mtu,
         (false, None) => {
@@ -148,7 +163,7 @@ pub(crate) fn without_flow<A: Local>(
         return Verdict::Drop(DropReason::GuardedDestination);
     }
     // A24
-    let Some(uplink) = uplink else {
+    let Some(own) = core.uplink.as_ref().and_then(A::own) else {
         return Verdict::Drop(DropReason::NoRoute);
     };
     // The source speaks through this vif now (D10).
@@ -157,12 +172,13 @@ pub(crate) fn without_flow<A: Local>(
     }
     let start = Start {
         source,
+        place,
         destination,
         rule: forward::rule_number(rule),
         sender,
         receiver,
     };
-    match begin(core, table, &uplink, frame, packet, &start, now) {
+    match begin(core, table, own, frame, packet, &start, now) {
         Ok(change) => {
             let egress = Iface::Uplink;
             forward::send(core, frame, packet, ingress, egress, &change, now)
@@ -186,7 +202,7 @@ fn attached_mtu<A: Local>(core: &Core, destination: A) -> u16 {
 
 /// A21: what the client's rules say.
 fn rules<A: Local>(
-    core: &Core,
+    core: &mut Core,
     source: u16,
     packet: &Packet<A>,
     destination: A,
@@ -199,6 +215,7 @@ fn rules<A: Local>(
     };
     let upper = packet.transport.upper(&packet.network);
     let decision = A::decide(rules, destination, upper);
+    core.last_rule = Some(decision.rule);
     match (decision.action, decision.rule) {
         (Action::Accept, rule) => Ok(rule),
         (Action::Drop, RuleRef::Number(_)) => Err(DropReason::Rule),
@@ -209,6 +226,7 @@ fn rules<A: Local>(
 /// What a new flow starts with.
 struct Start<A> {
     source: u16,
+    place: Place,
     destination: A,
     rule: u16,
     sender: Side,
@@ -219,14 +237,13 @@ struct Start<A> {
 fn begin<A: Local>(
     core: &mut Core,
     table: &mut FlowTable<A>,
-    uplink: &Uplink,
+    own: A,
     frame: &Frame<'_>,
     packet: &Packet<A>,
     start: &Start<A>,
     now: Time,
 ) -> Result<forward::Change<A>, DropReason> {
     let ticks = Ticks::at(now);
-    let own = A::own(uplink).ok_or(DropReason::NoRoute)?;
     let original = Key {
         src: packet.network.src,
         dst: packet.network.dst,
@@ -274,9 +291,10 @@ fn begin<A: Local>(
             flow.flags |= flow::REMAPPED;
         }
     }
-    let places = [table.place(&original), translation.place];
+    let places = [start.place, translation.place];
     match table.insert(&flow, places, ticks) {
-        Ok((_, evicted)) => {
+        Ok((number, evicted)) => {
+            core.last_flow = Some(number);
             core.counters.flows_created = core.counters.flows_created.wrapping_add(1);
             core.counters.flows_evicted =
                 core.counters.flows_evicted.wrapping_add(u64::from(evicted));

@@ -10,7 +10,7 @@ use crate::limiter;
 use crate::rule::Family;
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::transport::{self, Kind};
-use crate::wire::{checksum, ethernet, get_u16, icmp, protocol, put_u16};
+use crate::wire::{checksum, copy, ethernet, get_u16, icmp, protocol, put_u16};
 
 /// Longest error over IPv4 in bytes of IP packet (RFC 1812 4.3.2.3).
 const MAX_ERROR4: usize = 576;
@@ -134,13 +134,9 @@ fn send<A: Local>(
             return;
         };
         let [a, b, c, d] = rest.to_be_bytes();
-        for (to, from) in message
-            .iter_mut()
-            .zip([icmp_type, code, 0, 0, a, b, c, d].iter().chain(quoted))
-        {
-            *to = *from;
-        }
+        copy(message, &[icmp_type, code, 0, 0, a, b, c, d]);
         if let Some(quote) = message.get_mut(ICMP_HEADER..) {
+            copy(quote, quoted);
             if complaint == Complaint::Prohibited {
                 count_down::<A>(quote);
             }

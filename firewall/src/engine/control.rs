@@ -14,7 +14,7 @@ use crate::conntrack::table::FlowTable;
 use crate::frame::{ClientId, Iface, Time};
 use crate::registry::{Rules, Vif};
 use crate::rule::Family;
-use crate::ruleset::CompiledRules;
+use crate::ruleset::{CompiledRules, RuleRef};
 use crate::verdict::{Counters, DropCounters};
 use crate::view::{ClientView, FlowCursor, FlowView};
 
@@ -163,6 +163,21 @@ impl Engine {
         match family {
             Family::Ipv4 => self.flows4.bytes(),
             Family::Ipv6 => self.flows6.bytes(),
+        }
+    }
+
+    /// The rule, or the policy, that decided the last frame, if the rules were asked about it. They are
+    /// asked when a flow starts.
+    pub fn last_rule(&self) -> Option<RuleRef> {
+        self.core.last_rule
+    }
+
+    /// The flow of `family` that the last frame belonged to or started, if any.
+    pub fn last_flow(&self, family: Family, now: Time) -> Option<FlowView> {
+        let (number, ticks) = (self.core.last_flow?, Ticks::at(now));
+        match family {
+            Family::Ipv4 => view(&self.flows4, number, ticks),
+            Family::Ipv6 => view(&self.flows6, number, ticks),
         }
     }
 

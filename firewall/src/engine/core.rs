@@ -9,6 +9,7 @@ use crate::hash::{HashKey, Random};
 use crate::limiter::Bucket;
 use crate::outbox::Outbox;
 use crate::registry::{Registry, Routed, Vif};
+use crate::ruleset::RuleRef;
 use crate::verdict::{Counters, DropCounters};
 use crate::wire::ethernet::{self, Addresses};
 use crate::wire::ipv4::Network;
@@ -107,6 +108,10 @@ pub(crate) struct Core {
     pub(crate) icmp_rate: Option<IcmpRate>,
     pub(crate) all_errors: Bucket,
     pub(crate) uplink_errors: Bucket,
+    /// What the rules said about the last packet that they were asked about.
+    pub(crate) last_rule: Option<RuleRef>,
+    /// The flow that the last packet belonged to.
+    pub(crate) last_flow: Option<u32>,
 }
 
 impl Core {
@@ -123,6 +128,8 @@ impl Core {
             icmp_rate: limits.icmp_rate,
             all_errors: Bucket::default(),
             uplink_errors: Bucket::default(),
+            last_rule: None,
+            last_flow: None,
         }
     }
 

@@ -10,7 +10,7 @@ use super::core::{Core, Local, Packet};
 use crate::frame::{Frame, Iface};
 use crate::rule::Family;
 use crate::verdict::{DropReason, Verdict};
-use crate::wire::{ethernet, get_u16, ipv4, protocol, put_u16};
+use crate::wire::{copy, ethernet, get_u16, ipv4, protocol, put_u16};
 
 /// Bytes of an IPv6 fragment header.
 const FRAGMENT_HEADER: usize = 8;
@@ -72,12 +72,6 @@ const fn outcome(sent: bool, egress: Iface) -> Verdict {
         Verdict::Replaced { egress }
     } else {
         Verdict::Drop(DropReason::OutboxFull)
-    }
-}
-
-fn copy(to: &mut [u8], from: &[u8]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = *from;
     }
 }
 

@@ -156,6 +156,8 @@ impl Engine {
     /// Every packet that the shortcut does not take.
     #[inline(never)]
     fn decide(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
+        self.core.last_rule = None;
+        self.core.last_flow = None;
         let verdict = match ingress {
             Iface::Client(id) => self.client_frame(id, frame, now),
             Iface::Uplink => self.uplink_frame(frame, now),
@@ -534,25 +536,34 @@ fn packet<A: Local>(
         return Verdict::Drop(DropReason::BadChecksum);
     }
     // A10
-    if is_trackable(transport.kind, reply) && !arrival.group_frame && !network.source_routed {
-        let key = Key {
-            src: network.src,
-            dst: network.dst,
-            ports: transport.ports,
-            protocol: network.protocol,
-        };
-        if let Some(number) = table.find(&key, reply) {
-            let now = arrival.now;
-            match forward::follow(core, table, number, ingress, frame, &packet, now) {
-                Passage::Decided(verdict) => return verdict,
-                Passage::NoFlow => {}
-            }
+    let key = Key {
+        src: network.src,
+        dst: network.dst,
+        ports: transport.ports,
+        protocol: network.protocol,
+    };
+    let place = table.place(&key);
+    let trackable = is_trackable(transport.kind, reply);
+    if trackable
+        && !arrival.group_frame
+        && !network.source_routed
+        && let Some(number) = table.find_at(place, &key, reply)
+    {
+        let now = arrival.now;
+        match forward::follow(core, table, number, ingress, frame, &packet, now) {
+            Passage::Decided(verdict) => return verdict,
+            Passage::NoFlow => {}
         }
     }
     if reply {
         uplink::without_flow(core, table, frame, &packet, arrival.now)
     } else {
-        client::without_flow(core, table, source, ingress, frame, &packet, arrival.now)
+        let origin = client::Origin {
+            ingress,
+            source,
+            place,
+        };
+        client::without_flow(core, table, &origin, frame, &packet, arrival.now)
     }
 }
 

@@ -47,6 +47,11 @@ fn locate<A: Local, const REPLY: bool>(
     frame: &mut Frame<'_>,
 ) -> Option<Located> {
     let (front, bytes) = A::split_front(frame.head)?;
+    // Segments that start or end a connection go the long way; see that before anything is summed.
+    let number = A::upper(front);
+    if number == protocol::TCP && !tcp::is_plain(bytes.first_chunk()?) {
+        return None;
+    }
     let plain = A::peek(front, frame.len)?;
     let own_mac = if REPLY {
         &core.uplink.as_ref()?.config.mac
@@ -56,19 +61,8 @@ fn locate<A: Local, const REPLY: bool>(
     if A::destination_mac(front) != own_mac {
         return None;
     }
-    // Ports are the first four bytes of both transports; the rest is checked later. Segments that
-    // start or end a connection go the long way, without being looked up here first.
-    let ports = match plain.protocol {
-        protocol::TCP => {
-            let tcp = bytes.first_chunk::<20>()?;
-            if !tcp::is_plain(tcp) {
-                return None;
-            }
-            u32::from_be_bytes([tcp[0], tcp[1], tcp[2], tcp[3]])
-        }
-        protocol::UDP => u32::from_be_bytes(*bytes.first_chunk()?),
-        _ => return None,
-    };
+    // Ports are the first four bytes of both transports; the rest is checked later.
+    let ports = u32::from_be_bytes(*bytes.first_chunk()?);
     let key = Key {
         src: plain.src,
         dst: plain.dst,
@@ -197,6 +191,8 @@ fn pass<A: Local, const REPLY: bool>(
         counters.forwarded_up_bytes = counters.forwarded_up_bytes.wrapping_add(bytes);
         Iface::Uplink
     };
+    core.last_flow = Some(number);
+    core.last_rule = None;
     if !settled {
         table.settle(number);
     }

@@ -66,3 +66,13 @@ pub(crate) fn put_u16(bytes: &mut [u8], offset: usize, value: u16) {
         *chunk = value.to_be_bytes();
     }
 }
+
+/// Copies as many bytes as both have.
+#[inline]
+pub(crate) fn copy(to: &mut [u8], from: &[u8]) {
+    let len = to.len().min(from.len());
+    if let (Some(to), Some(from)) = (to.get_mut(..len), from.get(..len)) {
+        // Of the same length: this cannot panic, and the compiler sees it.
+        to.copy_from_slice(from);
+    }
+}

@@ -293,59 +293,63 @@ fn isolation(world: &mut LabWorld) -> Result<Vec<String>> {
     Ok(Vec::new())
 }
 
-/// Starts steady traffic in a client, slow enough to leave time for others.
-fn steady_traffic(world: &LabWorld, name: &str) -> Result<Job> {
-    let command = format!("iperf3 -c {WEB} -b 1M -t 3600 -i 1 --forceflush");
+/// Starts a TCP connection in a client that shows every disturbance.
+fn heartbeat(world: &LabWorld, name: &str) -> Result<Job> {
+    let command = format!("lab heartbeat {ECHO} {ECHO_PORT}");
     let mut job = world
         .guest(name)?
         .start(&command, world.lab.patience(TRANSFER))?;
-    job.wait_output("bits/sec", world.lab.patience(COMMAND))?;
+    job.wait_output("beat=2 ", world.lab.patience(COMMAND))?;
     Ok(job)
 }
 
-/// Ends the traffic and demands that it went on to the end.
-fn require_undisturbed(world: &LabWorld, name: &str, mut job: Job) -> Result<()> {
+/// Ends the connection, demands that it lived to the end, and tells its longest
+/// gap.
+fn undisturbed(world: &LabWorld, name: &str, mut job: Job) -> Result<String> {
     while let Progress::Wrote(_) = job.next(Duration::ZERO)? {}
-    // Two more reports, of which the second lies wholly after what happened.
-    let mut last = String::new();
-    for _ in 0..2 {
-        match job.next(world.lab.patience(COMMAND))? {
-            Progress::Wrote(line) => last = String::from_utf8_lossy(&line).into_owned(),
-            Progress::Ended(exit, _) => bail!("the traffic of {name} ended: {exit:?}"),
-            Progress::Quiet => bail!("the traffic of {name} stands still"),
-        }
+    // One more beat, which comes after all that happened.
+    match job.next(world.lab.patience(COMMAND))? {
+        Progress::Wrote(_) => {}
+        Progress::Ended(exit, _) => bail!("the connection of {name} ended: {exit:?}"),
+        Progress::Quiet => bail!("the connection of {name} stands still"),
     }
     job.kill()?;
-    job.wait()?;
-    let flows = last.contains("bits/sec") && !last.contains(" 0.00 bits/sec");
-    ensure!(flows, "the traffic of {name} stands still: {last}");
-    Ok(())
+    let beats = job.wait()?.stdout;
+    let gaps = beats
+        .lines()
+        .filter_map(|line| line.split_once("ms=")?.1.parse::<u64>().ok());
+    let longest = gaps.max().context("no heartbeat")?;
+    Ok(format!(
+        "{name}: longest gap {longest} ms in {} beats",
+        beats.lines().count()
+    ))
 }
 
 fn reattach(world: &mut LabWorld) -> Result<Vec<String>> {
     let (first, second) = two_clients(world)?;
-    let traffic = steady_traffic(world, &second)?;
+    let traffic = heartbeat(world, &second)?;
     let detached = world.detach(&first)?;
     let alone = world.run(&first, &format!("ping -c 1 -W 2 {WEB}"), COMMAND)?;
     let attached = world.attach(&first)?;
     world.ask(&first, &format!("ping -c 2 -W 10 {WEB}"), COMMAND)?;
-    require_undisturbed(world, &second, traffic)?;
+    let gap = undisturbed(world, &second, traffic)?;
     ensure!(!alone.is_success(), "{first} still has a network");
-    Ok(vec![format!(
+    let times = format!(
         "detach {} ms, attach {} ms",
         detached.guest_ms, attached.guest_ms
-    )])
+    );
+    Ok(vec![times, gap])
 }
 
 fn third_client(world: &mut LabWorld) -> Result<Vec<String>> {
     let (_, second) = two_clients(world)?;
     let client = ClientSpec::numbered(99);
     let name = client.name.clone();
-    let traffic = steady_traffic(world, &second)?;
+    let traffic = heartbeat(world, &second)?;
     world.add_client(client)?;
     let create_ms = world.client(&name)?.create_ms;
     world.ask(&name, &format!("ping -c 2 -W 10 {WEB}"), COMMAND)?;
-    require_undisturbed(world, &second, traffic)?;
+    let gap = undisturbed(world, &second, traffic)?;
     world.remove_client(&name)?;
-    Ok(vec![format!("xl create {create_ms} ms")])
+    Ok(vec![format!("xl create {create_ms} ms"), gap])
 }

@@ -10,6 +10,7 @@ mod agent;
 mod capture;
 mod dns;
 mod frame;
+mod heartbeat;
 mod job;
 mod links;
 mod port;
@@ -30,6 +31,7 @@ lab serve [--dns ADDR].. [--record NAME=ADDR].. [--echo ADDR:PORT].. [--sink ..]
 lab resolve NAME --server ADDR [--tcp] [--aaaa] [--timeout-ms N]
 lab connect ADDR PORT [--timeout-ms N]   try TCP, say what came back and when
 lab udp ADDR PORT TEXT [--timeout-ms N]  send a datagram, say what came back and when
+lab heartbeat ADDR PORT [--interval-ms N] [--count N]   one TCP connection to an echo server
 lab frame IFACE HEX                      send one Ethernet frame as it stands
 lab forge IFACE --src IP --dst IP (--udp SPORT:DPORT | --syn SPORT:DPORT | --echo ID)
           [--src-mac MAC] [--dst-mac MAC] [--count N]
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
             Some("resolve") => dns::command(arguments),
             Some("connect") => probe::connect_command(arguments),
             Some("udp") => probe::udp_command(arguments),
+            Some("heartbeat") => heartbeat::command(arguments),
             Some("frame") => frame::frame_command(arguments),
             Some("forge") => frame::forge_command(arguments),
             Some("capture") => capture::command(arguments),

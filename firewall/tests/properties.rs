@@ -21,7 +21,7 @@ use firewall::rule::{
 use firewall::ruleset::{CompiledRules, HostPolicy, NoHosts, RuleEnvironment};
 use firewall::{
     ClientConfig, ClientId, Downstream, Engine, FlowCursor, Frame, Gso, GsoFamily, Iface, Limits,
-    Time, UplinkConfig, Verdict,
+    Time, UplinkConfig, Verdict, Work,
 };
 use proptest::prelude::*;
 
@@ -74,9 +74,13 @@ fn rules(family: Family, ports: Option<PortRange>) -> CompiledRules {
 }
 
 fn engine() -> Engine {
+    engine_with(FLOWS)
+}
+
+fn engine_with(flows: u32) -> Engine {
     let limits = Limits {
-        flows4: FLOWS,
-        flows6: FLOWS,
+        flows4: flows,
+        flows6: flows,
         clients: CLIENTS,
         icmp_rate: None,
         ..Limits::default()
@@ -357,6 +361,56 @@ proptest! {
             x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1) >> 1;
             prop_assert_eq!(&give(&mut engine, client(0), &own.packet(), now).sent, expected);
         }
+    }
+
+    #[test]
+    fn batch_is_decided_like_its_frames_one_by_one(
+        steps in prop::collection::vec((sent(), any::<bool>(), 0_u8..4), 1..200), size in 1_usize..70
+    ) {
+        // Large enough for batches to be looked up ahead.
+        let (mut single, mut batched) = (engine_with(16_384), engine_with(16_384));
+        let now = Time::from_secs(1000);
+        let frames: Vec<_> = steps
+            .iter()
+            .map(|(own_packet, down, what)| {
+                // Few flows, so that frames of a batch meet: opened, used, refused, opened again.
+                let own_packet = Sent { client: 0, server: 1, port: own_packet.port % 2, kind: own_packet.kind % 2, ..own_packet.clone() };
+                let mut packet = own_packet.packet();
+                if own_packet.kind == 0 {
+                    let flags = [2, 16, 16, 4][usize::from(*what)];
+                    let (seq, ack) = if flags == 2 { (1000, 0) } else { (1001, 5001) };
+                    packet = Ip::new(packet.src, packet.dst, 6, tcp(own_packet.port, 443, seq, ack, flags, b""));
+                }
+                if *down {
+                    let (seq, ack, flags) = [(5000, 1001, 0x12), (5001, 1001, 16), (5001, 1001, 16), (0, 1001, 0x14)][usize::from(*what)];
+                    let transport = match own_packet.kind {
+                        0 => tcp(443, own_packet.port, seq, ack, flags, b""),
+                        _ => udp(443, own_packet.port, b""),
+                    };
+                    packet = Ip::new(packet.dst, own(own_packet.v6), packet.protocol, transport);
+                }
+                let (to, from, ingress) = if *down { (CLIENT_MAC, GATEWAY, Iface::Uplink) } else { (GATEWAY, CLIENT_MAC, client(0)) };
+                (ingress, packet.frame(to, from))
+            })
+            .collect();
+        for group in frames.chunks(size) {
+            let mut one = group.to_vec();
+            let verdicts: Vec<_> = one
+                .iter_mut()
+                .map(|(ingress, bytes)| single.process(*ingress, &mut Frame::whole(bytes), now))
+                .collect();
+            let mut many = group.to_vec();
+            let mut work: Vec<_> = many
+                .iter_mut()
+                .map(|(ingress, bytes)| Work { ingress: *ingress, frame: Frame::whole(bytes), verdict: Verdict::Held })
+                .collect();
+            batched.process_batch(&mut work, now);
+            prop_assert_eq!(work.iter().map(|own| own.verdict).collect::<Vec<_>>(), verdicts);
+            drop(work);
+            prop_assert_eq!(many, one);
+            prop_assert_eq!(common::drain(&mut batched), common::drain(&mut single));
+        }
+        prop_assert_eq!(single.counters(), batched.counters());
     }
 
     #[test]

@@ -88,6 +88,8 @@ pub(crate) struct FlowTable<A: Address> {
     /// Flows of emptied slots that were not looked at yet.
     due: u32,
     started: bool,
+    /// Changes whenever a flow is removed: numbers found before may mean something else now.
+    removals: u64,
     pub(crate) mappings: Mappings<A>,
 }
 
@@ -117,6 +119,7 @@ impl<A: Address> FlowTable<A> {
             slot_done: 0,
             due: NONE,
             started: false,
+            removals: 0,
             mappings: Mappings::new(capacity / 32 + 16, mapping_key),
         };
         for number in (0..capacity).rev() {
@@ -142,6 +145,11 @@ impl<A: Address> FlowTable<A> {
             + size_of_val::<[Owner]>(&self.owners)
             + size_of_val::<[u32]>(&self.slots)
             + self.mappings.bytes()
+    }
+
+    /// A number that changes whenever a flow is removed.
+    pub(crate) const fn removals(&self) -> u64 {
+        self.removals
     }
 
     /// Flows of one owner.
@@ -280,6 +288,7 @@ impl<A: Address> FlowTable<A> {
             return;
         };
         let flow = *flow;
+        self.removals = self.removals.wrapping_add(1);
         for reply in [false, true] {
             let place = self.place(&flow.key(reply));
             self.index.remove(place, Reference::new(number, reply));
@@ -303,6 +312,7 @@ impl<A: Address> FlowTable<A> {
 
     /// Removes everything.
     pub(crate) fn clear(&mut self) {
+        self.removals = self.removals.wrapping_add(1);
         self.index.clear();
         self.mappings.clear();
         self.free = NONE;

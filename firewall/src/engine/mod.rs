@@ -58,6 +58,7 @@ use crate::wire::ipv4::Network;
 use crate::wire::transport::{self, Kind};
 use crate::wire::{ipv4, ipv6};
 use forward::Passage;
+use shortcut::Located;
 
 /// Segments of a frame with less payload than this could not be told from an attack
 /// (`xen-netif.md` 6.3).
@@ -65,6 +66,15 @@ const MIN_MSS: u16 = 88;
 
 /// Stands for the client of a frame that comes from none.
 const NO_CLIENT: ClientId = ClientId(u16::MAX);
+
+/// Frames from which on a batch is worth two stages.
+const MIN_STAGED: usize = 8;
+
+/// Frames that are looked up before the first of them is decided.
+const MAX_STAGED: usize = 32;
+
+/// Bytes of tables that are taken to fit a cache.
+const CACHE_BYTES: usize = 2 << 20;
 
 /// One frame of a batch.
 #[derive(Debug)]
@@ -85,6 +95,8 @@ pub struct Engine {
     flows4: FlowTable<V4>,
     flows6: FlowTable<V6>,
     fragments: Reassembly,
+    /// Whether the tables are too large for a cache.
+    is_large: bool,
 }
 
 /// What is known about a frame before its packet is read.
@@ -108,11 +120,14 @@ impl Engine {
             HashKey::new(half(0), half(1))
         };
         let owners = max_sources(limits.clients);
+        let flows4 = FlowTable::new(limits.flows4, owners, derive(1), derive(2));
+        let flows6 = FlowTable::new(limits.flows6, owners, derive(3), derive(4));
         Self {
             limits,
             core: Core::new(&limits, derive(0)),
-            flows4: FlowTable::new(limits.flows4, owners, derive(1), derive(2)),
-            flows6: FlowTable::new(limits.flows6, owners, derive(3), derive(4)),
+            is_large: flows4.bytes() + flows6.bytes() > CACHE_BYTES,
+            flows4,
+            flows6,
             fragments: Reassembly::new(limits.fragment_bytes, limits.clients),
         }
     }
@@ -167,9 +182,89 @@ impl Engine {
     }
 
     /// Decides a batch of frames, in order, as [`Self::process`] would.
+    ///
+    /// With many frames and tables that do not fit a cache, the flows of all frames are looked up
+    /// before any frame is decided, so that the processor waits for memory once and not for every
+    /// frame.
     pub fn process_batch(&mut self, work: &mut [Work<'_>], now: Time) {
-        for item in work {
-            item.verdict = self.process(item.ingress, &mut item.frame, now);
+        if work.len() < MIN_STAGED || !self.is_large {
+            for item in work {
+                item.verdict = self.process(item.ingress, &mut item.frame, now);
+            }
+            return;
+        }
+        for batch in work.chunks_mut(MAX_STAGED) {
+            self.process_staged(batch, now);
+        }
+    }
+
+    /// The two stages of [`Self::process_batch`].
+    fn process_staged(&mut self, batch: &mut [Work<'_>], now: Time) {
+        let mut located = [None; MAX_STAGED];
+        for (slot, item) in located.iter_mut().zip(batch.iter_mut()) {
+            *slot = self.locate(item.ingress, &mut item.frame);
+        }
+        let removals = (self.flows4.removals(), self.flows6.removals());
+        for (slot, item) in located.into_iter().zip(batch) {
+            let (ingress, frame) = (item.ingress, &mut item.frame);
+            let unchanged = removals == (self.flows4.removals(), self.flows6.removals());
+            item.verdict = match slot {
+                _ if !unchanged => self.process(ingress, frame, now),
+                Some(slot) => match self.pass(&slot, ingress, frame, now) {
+                    Some(verdict) => verdict,
+                    None => self.decide(ingress, frame, now),
+                },
+                None => self.decide(ingress, frame, now),
+            };
+        }
+    }
+
+    /// Finds the flow of a plain packet.
+    #[inline(always)]
+    fn locate(&self, ingress: Iface, frame: &mut Frame<'_>) -> Option<Located> {
+        let header = frame.head.first_chunk::<{ ethernet::HEADER }>()?;
+        let (core, flows4, flows6) = (&self.core, &self.flows4, &self.flows6);
+        match (ethernet::ethertype(header), ingress) {
+            (ethernet::TYPE_IPV4, Iface::Client(_)) => {
+                shortcut::locate::<V4, false>(core, flows4, frame)
+            }
+            (ethernet::TYPE_IPV4, Iface::Uplink) => {
+                shortcut::locate::<V4, true>(core, flows4, frame)
+            }
+            (ethernet::TYPE_IPV6, Iface::Client(_)) => {
+                shortcut::locate::<V6, false>(core, flows6, frame)
+            }
+            (ethernet::TYPE_IPV6, Iface::Uplink) => {
+                shortcut::locate::<V6, true>(core, flows6, frame)
+            }
+            _ => None,
+        }
+    }
+
+    /// Sends a plain packet along its flow.
+    #[inline(always)]
+    fn pass(
+        &mut self,
+        located: &Located,
+        ingress: Iface,
+        frame: &mut Frame<'_>,
+        now: Time,
+    ) -> Option<Verdict> {
+        let is_ipv4 = crate::wire::get_u16(frame.head, 12) == Some(ethernet::TYPE_IPV4);
+        let (core, flows4, flows6) = (&mut self.core, &mut self.flows4, &mut self.flows6);
+        match (is_ipv4, ingress) {
+            (true, Iface::Client(id)) => {
+                shortcut::pass::<V4, false>(core, flows4, located, id, frame, now)
+            }
+            (true, Iface::Uplink) => {
+                shortcut::pass::<V4, true>(core, flows4, located, NO_CLIENT, frame, now)
+            }
+            (false, Iface::Client(id)) => {
+                shortcut::pass::<V6, false>(core, flows6, located, id, frame, now)
+            }
+            (false, Iface::Uplink) => {
+                shortcut::pass::<V6, true>(core, flows6, located, NO_CLIENT, frame, now)
+            }
         }
     }
 

@@ -32,7 +32,8 @@ pub(crate) fn take<A: Local, const REPLY: bool>(
 }
 
 /// A packet of a flow, before anybody has looked at the flow.
-struct Located {
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Located {
     number: u32,
     transport_len: u32,
     protocol: u8,
@@ -41,7 +42,7 @@ struct Located {
 
 /// Reads a plain packet and finds its flow.
 #[inline(always)]
-fn locate<A: Local, const REPLY: bool>(
+pub(crate) fn locate<A: Local, const REPLY: bool>(
     core: &Core,
     table: &FlowTable<A>,
     frame: &mut Frame<'_>,
@@ -79,7 +80,7 @@ fn locate<A: Local, const REPLY: bool>(
 
 /// Sends a packet along its flow, if both are plain enough.
 #[inline(never)]
-fn pass<A: Local, const REPLY: bool>(
+pub(crate) fn pass<A: Local, const REPLY: bool>(
     core: &mut Core,
     table: &mut FlowTable<A>,
     plain: &Located,

@@ -179,3 +179,105 @@ pub(crate) fn check_len(len: u16, gso: bool, max_plain: u16) -> Result<(), Refus
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use core::cell::Cell;
+
+    use xen::GrantRef;
+    use xen::netif::GsoType;
+
+    use super::*;
+
+    const MORE: u16 = TxFlags::MORE_DATA;
+    const EXTRA: u16 = TxFlags::EXTRA_INFO;
+
+    fn slot(size: u16, flags: u16) -> TxRequest {
+        TxRequest {
+            gref: GrantRef(1),
+            offset: 0,
+            flags: TxFlags(flags),
+            id: 7,
+            size,
+        }
+    }
+
+    /// Collects from a ring that holds `slots`, counting how many are read.
+    fn collect(slots: &[[u32; TX_WORDS]], available: u32) -> (Result<Chain, PeerError>, u32) {
+        let reads = Cell::new(1);
+        let first = TxRequest::decode(slots[0]);
+        let chain = Chain::collect(first, available, |ahead| {
+            reads.set(reads.get() + 1);
+            slots[ahead as usize]
+        });
+        (chain, reads.get())
+    }
+
+    #[test]
+    fn a_chain_is_read_to_its_end_and_no_further() {
+        let slots = [
+            slot(300, MORE | EXTRA).encode(),
+            [u32::from_le_bytes([1, 0, 0xa8, 0x05]), 2, 0],
+            slot(100, MORE).encode(),
+            slot(50, 0).encode(),
+            slot(9, 0).encode(),
+        ];
+        let (chain, reads) = collect(&slots, 5);
+        let mut chain = chain.unwrap();
+        assert_eq!(reads, 4);
+        assert_eq!(
+            (chain.data_slots(), chain.extras, chain.all_slots()),
+            (3, 1, 4)
+        );
+        let gso = chain.gso.unwrap();
+        assert_eq!((gso.size.get(), gso.family), (1448, GsoType::TcpV6));
+        assert_eq!(chain.check(1518), Ok(Ok(())));
+        let sizes: heapless::Vec<u16, 4> = chain.slots().iter().map(|slot| slot.size).collect();
+        assert_eq!(
+            sizes,
+            [150, 100, 50],
+            "the first slot keeps what the others leave"
+        );
+    }
+
+    #[test]
+    fn a_chain_that_goes_on_behind_the_published_slots_is_incomplete() {
+        let slots = [slot(300, MORE).encode(), slot(100, 0).encode()];
+        let (chain, reads) = collect(&slots, 1);
+        assert_eq!(chain.unwrap_err(), PeerError::IncompleteFrame);
+        assert_eq!(reads, 1, "what is not published is not read");
+    }
+
+    #[test]
+    fn a_chain_without_end_is_read_for_33_slots() {
+        let slots = [slot(1, MORE).encode(); 256];
+        let (chain, reads) = collect(&slots, 256);
+        assert_eq!(chain.unwrap_err(), PeerError::TooManySlots);
+        assert_eq!(reads, 33);
+    }
+
+    #[test]
+    fn refusals_come_in_the_order_of_the_specification() {
+        let refusal = |slots: &[[u32; TX_WORDS]]| {
+            let (chain, _) = collect(slots, 256);
+            chain.unwrap().check(1518)
+        };
+        // Too many slots before inconsistent sizes, and both before a fragment that leaves its page.
+        let crossing = |flags| TxRequest {
+            offset: 4095,
+            ..slot(60, flags)
+        };
+        let mut slots = [crossing(MORE).encode(); 20];
+        slots[19] = crossing(0).encode();
+        assert_eq!(refusal(&slots), Ok(Err(Refusal::TooManySlots)));
+        let slots = [slot(120, MORE).encode(), crossing(0).encode()];
+        assert_eq!(refusal(&slots), Err(PeerError::CrossesPage));
+        let slots = [slot(50, MORE).encode(), crossing(0).encode()];
+        assert_eq!(refusal(&slots), Ok(Err(Refusal::InconsistentSizes)));
+        assert_eq!(refusal(&[slot(13, 0).encode()]), Ok(Err(Refusal::TooShort)));
+        assert_eq!(
+            refusal(&[slot(1519, 0).encode()]),
+            Ok(Err(Refusal::TooLong))
+        );
+    }
+}

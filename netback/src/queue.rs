@@ -148,3 +148,129 @@ impl Queue {
         self.head().map(Item::deadline)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use core::num::NonZeroU16;
+
+    use std::vec::Vec;
+    use xen::fake::{FakeHypervisor, FakeMachine, Resources};
+    use xen::netif::GsoType;
+    use xen::{DomId, Frame};
+
+    use super::*;
+
+    const US: DomId = DomId(1);
+
+    fn item(len: u32) -> Item {
+        Item {
+            len,
+            checksum: Checksum::Unverified,
+            gso: None,
+            segments: None,
+            header_pages: 0,
+            fragments: 0,
+            since: Time(0),
+            impatient: false,
+        }
+    }
+
+    fn frame(hv: &mut FakeHypervisor, pages: usize) -> Frame {
+        let mut frame = Frame::new();
+        for _ in 0..pages {
+            let page = hv.allocate().unwrap();
+            frame.push(page, 0, 100).unwrap();
+        }
+        frame
+    }
+
+    #[test]
+    fn needed_slots_count_pages_and_the_extra() {
+        assert_eq!(item(1).needed_slots(), 1);
+        assert_eq!(item(4096).needed_slots(), 1);
+        assert_eq!(item(4097).needed_slots(), 2);
+        let gso = NonZeroU16::new(1448).map(|size| Gso {
+            size,
+            family: GsoType::TcpV4,
+        });
+        assert_eq!(
+            Item {
+                gso,
+                ..item(65_535)
+            }
+            .needed_slots(),
+            17
+        );
+        let segments = Some(Segments {
+            header_len: 54,
+            payload_len: 1000,
+            checksum: Checksum::Blank,
+        });
+        assert_eq!(
+            Item {
+                segments,
+                ..item(54 + 3001)
+            }
+            .needed_slots(),
+            4
+        );
+    }
+
+    #[test]
+    fn frames_leave_in_order_with_their_own_pages() {
+        let machine = FakeMachine::new();
+        let mut hv = machine.domain(US);
+        let mut queue = Queue::new();
+        for pages in [1u8, 3, 2] {
+            let mut frame = frame(&mut hv, pages.into());
+            queue.push(item(u32::from(pages) * 100), frame.drain());
+        }
+        for pages in [1u8, 3, 2] {
+            let (item, fragments) = queue.pop().unwrap();
+            assert_eq!((item.len, item.fragments), (u32::from(pages) * 100, pages));
+            let fragments: Vec<Fragment> = fragments.collect();
+            assert_eq!(fragments.len(), usize::from(pages));
+            for fragment in fragments {
+                hv.release(fragment.into_page());
+            }
+        }
+        assert!(queue.pop().is_none());
+        assert_eq!(machine.resources(US), Resources::default());
+    }
+
+    #[test]
+    fn frames_and_pages_are_bounded_without_growing() {
+        let machine = FakeMachine::new();
+        let mut hv = machine.domain(US);
+        let mut queue = Queue::new();
+        let room = (queue.items.capacity(), queue.fragments.capacity());
+        while queue.fits(1) {
+            let mut frame = frame(&mut hv, 1);
+            queue.push(item(100), frame.drain());
+        }
+        assert_eq!(queue.len(), QUEUE_FRAMES);
+        queue.clear(&mut hv);
+        while queue.fits(7) {
+            let mut frame = frame(&mut hv, 7);
+            queue.push(item(700), frame.drain());
+        }
+        assert_eq!(queue.len(), QUEUE_PAGES / 7);
+        queue.drop_head(&mut hv);
+        assert!(queue.fits(7));
+        assert_eq!((queue.items.capacity(), queue.fragments.capacity()), room);
+        queue.clear(&mut hv);
+        assert_eq!(machine.resources(US), Resources::default());
+    }
+
+    /// What a silent client costs in memory, rings aside (R4 asks for at most 16 KiB).
+    #[test]
+    fn a_client_costs_less_than_eight_kib() {
+        let queue = Queue::new();
+        let bytes = size_of::<crate::Vif>()
+            + queue.items.capacity() * size_of::<Item>()
+            + queue.fragments.capacity() * size_of::<Fragment>();
+        assert!(bytes < 8192, "{bytes}");
+    }
+}

@@ -65,6 +65,14 @@ pub struct LoopCounters {
     pub no_page: u64,
 }
 
+impl LoopCounters {
+    /// Frames taken from all peers.
+    #[must_use]
+    pub const fn taken(&self) -> u64 {
+        self.from_clients.wrapping_add(self.from_uplink)
+    }
+}
+
 /// A connected client.
 struct Client {
     vif: Vif,

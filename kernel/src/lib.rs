@@ -14,6 +14,7 @@
 //! | [`command`] | the operator's commands, which render a snapshot |
 //! | [`terminal`], [`logger`] | the console: lines in, text and log lines out, all bounded |
 //! | [`plan`] | how memory is shared out |
+//! | [`pace`] | when to let frames gather before looking again |
 //!
 //! The library runs over any [`xen::Hypervisor`]: in the image over Xen, in tests over the fake. The image's
 //! binary (`main.rs`, feature `image`) adds the entry, the heap and the panic handler, and nothing else.
@@ -28,6 +29,7 @@ pub mod logger;
 pub mod machine;
 mod observe;
 mod offload;
+pub mod pace;
 pub mod plan;
 pub mod settings;
 pub mod snapshot;

@@ -19,6 +19,7 @@ use crate::data_path::DataPath;
 use crate::devices::{Change, Devices};
 use crate::logger::LOGGER;
 use crate::observe;
+use crate::pace::Pace;
 use crate::settings::Settings;
 use crate::snapshot::{Client, Counter, Memory, Scope, Snapshot, Uplink};
 use crate::terminal::Terminal;
@@ -68,6 +69,7 @@ pub struct Firewall {
     terminal: Terminal,
     setup: Setup,
     heap: HeapUse,
+    pace: Option<Pace>,
     ready: Option<Time>,
     end: Option<Shutdown>,
 }
@@ -85,6 +87,7 @@ impl Firewall {
             terminal: Terminal::new(),
             setup,
             heap,
+            pace: None,
             ready: None,
             end: None,
         }
@@ -110,7 +113,13 @@ impl Firewall {
             return Step::End(end);
         }
         self.data.take_events(hv);
+        let taken_before = self.data.counters().taken();
         let moved = self.data.iterate(hv);
+        let taken = self.data.counters().taken().wrapping_sub(taken_before);
+        let pace = self.pace.get_or_insert_with(|| Pace::measure(hv));
+        if taken > 0 {
+            pace.note(taken, now);
+        }
         self.devices
             .report_faults(&mut self.data, &mut self.control);
         let expiring = self
@@ -122,7 +131,10 @@ impl Firewall {
             return Step::Continue;
         }
         self.data.sweep_quarantine(hv);
-        if !self.data.arm() {
+        if let Some(time) = pace.gather() {
+            let due = self.deadline(now).min(now.plus(time));
+            hv.wait(&self.setup.ports, Some(due));
+        } else if !self.data.arm() {
             self.sleep(hv, now);
         }
         Step::Continue
@@ -130,21 +142,27 @@ impl Firewall {
 
     /// Sleeps until a port is pending or something is due.
     fn sleep<H: Hypervisor>(&self, hv: &mut H, now: Time) {
+        let mut ports = self.setup.ports.clone();
+        ports.extend(self.data.ports());
+        hv.wait(&ports, Some(self.deadline(now)));
+    }
+
+    /// When there is something to do even if nothing comes.
+    fn deadline(&self, now: Time) -> Time {
         let engine = self
             .data
             .engine
             .next_deadline(firewall::Time::from_nanos(now.0))
             .map(|time| Time(time.as_nanos()));
-        let deadline = [
+        [
             engine,
             self.data.deadline(),
             self.control.deadline(),
             self.settings.deadline(),
-            Some(now.plus(LONGEST_SLEEP)),
-        ];
-        let mut ports = self.setup.ports.clone();
-        ports.extend(self.data.ports());
-        hv.wait(&ports, deadline.into_iter().flatten().min());
+        ]
+        .into_iter()
+        .flatten()
+        .fold(now.plus(LONGEST_SLEEP), Time::min)
     }
 
     /// Moves the control plane on. Returns whether the store is still there.
@@ -306,6 +324,7 @@ impl Firewall {
             ),
             ("console.dropped-bytes", self.terminal.dropped_bytes()),
             ("log.dropped-lines", LOGGER.dropped()),
+            ("loop.exit-nanos", self.exit_nanos()),
         ] {
             counters.push(Counter {
                 name: Cow::Borrowed(name),
@@ -313,6 +332,12 @@ impl Firewall {
             });
         }
         counters
+    }
+
+    /// What an exit into the hypervisor was measured to cost, in nanoseconds.
+    fn exit_nanos(&self) -> u64 {
+        let cost = self.pace.map_or(Duration::ZERO, |pace| pace.exit_cost());
+        u64::try_from(cost.as_nanos()).unwrap_or(u64::MAX)
     }
 
     fn uplink_view(&self) -> Option<Uplink> {

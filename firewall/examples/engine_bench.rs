@@ -168,7 +168,7 @@ impl Plan {
         let now = Time::from_secs(1000);
         let mut bytes = [0; STRIDE];
         for flow in 0..self.flows {
-            if self.kind == Kind::Refused {
+            if matches!(self.kind, Kind::Refused | Kind::Spoof) {
                 break;
             }
             self.establish(&mut engine, &mut bytes, flow, now);

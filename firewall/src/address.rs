@@ -43,6 +43,8 @@ pub(crate) trait Address: Copy + Debug + Default + Eq + Hash + Ord + 'static {
     fn is_group(self) -> bool;
     /// Unspecified, loopback, or otherwise never on a wire; groups not included.
     fn is_martian(self) -> bool;
+    /// Valid on one link only: never routed.
+    fn is_link_scoped(self) -> bool;
     /// What compiled rules say.
     fn decide(rules: &CompiledRules, destination: Self, upper: UpperLayer) -> Decision;
     /// Writes both addresses, counts the time to live down by one, and applies `delta` to the
@@ -138,6 +140,12 @@ impl Address for V4 {
     fn is_martian(self) -> bool {
         // 0.0.0.0/8, 127.0.0.0/8, 240.0.0.0/4 without the limited broadcast.
         self >> 24 == 0 || self >> 24 == 127 || (self >> 28 == 0xf && self != u32::MAX)
+    }
+
+    #[inline]
+    fn is_link_scoped(self) -> bool {
+        // Linux routes 169.254.0.0/16 like any other address.
+        false
     }
 
     #[inline]
@@ -296,6 +304,11 @@ impl Address for V6 {
     fn is_martian(self) -> bool {
         // Unspecified and loopback, and IPv4-mapped addresses, which are never on a wire.
         self.0 == 0 && (self.1 <= 1 || self.1 >> 32 == 0xffff)
+    }
+
+    #[inline]
+    fn is_link_scoped(self) -> bool {
+        self.is_link_local()
     }
 
     #[inline]

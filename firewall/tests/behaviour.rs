@@ -817,6 +817,18 @@ fn ipv6_is_off_without_a_gateway() {
 }
 
 #[test]
+fn ipv6_link_local_destination_never_leaves_by_the_uplink() {
+    let mut world = World::new();
+    let packet = Ip::new(ip(C1_V6), ip("fe80::1"), 17, udp(5000, 99, b"x"));
+    assert_eq!(
+        world.give(client(0), &packet).verdict,
+        Verdict::Drop(DropReason::ToClient)
+    );
+    world.engine.set_rules(ip(C1_V6), chain(Family::Ipv6, &[]));
+    rejected(&world.give(client(0), &packet), DropReason::Policy, [1, 1]);
+}
+
+#[test]
 fn ipv6_without_a_way_out_is_refused_with_no_route() {
     let mut world = World::new();
     world.engine.set_uplink(Some(UplinkConfig {

@@ -119,10 +119,11 @@ pub(crate) fn without_flow<A: Local>(
     if A::is_ours(core, destination) {
         return local::from_client(core, ingress, frame, packet, &class, now);
     }
-    // A14
+    // A14. A link-scoped address can only be on the client's own link.
     let node = A::node(&core.registry, destination);
+    let to_client = node.attached || destination.is_link_scoped();
     let uplink = core.uplink.as_ref().filter(|own| A::has_route(own));
-    let mtu = match (node.attached, uplink) {
+    let mtu = match (to_client, uplink) {
         (true, _) => attached_mtu(core, destination),
         (false, Some(uplink)) => uplink.config.mtu,
         (false, None) => {
@@ -155,7 +156,7 @@ pub(crate) fn without_flow<A: Local>(
         }
     };
     // A22
-    if node.attached {
+    if to_client {
         return Verdict::Drop(DropReason::ToClient);
     }
     // A23

@@ -208,8 +208,8 @@ impl Run<'_> {
         if self.wants("small") {
             self.small_world(&base, &image);
         }
-        if self.wants("boot-time") {
-            self.boot_time(&base, &image);
+        if self.wants("boot-time") || claims::COST.iter().any(|claim| self.wants(claim.name)) {
+            self.measured_world(&base, &image);
         }
         if self.wants("panic") {
             self.crash(&base);
@@ -220,6 +220,7 @@ impl Run<'_> {
         claims::MAIN
             .iter()
             .chain(claims::MORE)
+            .chain(claims::COST)
             .any(|claim| self.wants(claim.name))
             || ["boot", "boot-time", "small", "panic"]
                 .iter()
@@ -288,14 +289,19 @@ impl Run<'_> {
         world
     }
 
-    /// Measures how long the firewall takes to be ready, by the instruction clock: the same on any host.
-    fn boot_time(&mut self, base: &Base, image: &Image) {
-        let started = self.start_alone(base, &image.path, Some(ICOUNT_SHIFT));
-        self.report.check("lab", "boot-time", || {
-            let (ready, line) = readiness(&started?)?;
+    /// Checks what the firewall costs, by the instruction clock: the same on any host.
+    fn measured_world(&mut self, base: &Base, image: &Image) {
+        let started = self.start_with(base, &image.path, 1, Some(ICOUNT_SHIFT));
+        let mut world = None;
+        self.report.check("cost", "boot-time", || {
+            let (ready, line) = readiness(world.insert(started?))?;
             must(ready < READY_WITHIN, || line.clone())?;
             Ok(vec![line])
         });
+        let Some(mut world) = world else { return };
+        for claim in claims::COST {
+            self.report.claim(self.screen, "cost", &mut world, claim);
+        }
     }
 
     /// Has an image crash in every way it can, and reads what it says.
@@ -310,7 +316,7 @@ impl Run<'_> {
                 return;
             }
         };
-        let started = self.start_alone(base, &image, self.arguments.icount);
+        let started = self.start_with(base, &image, 0, self.arguments.icount);
         self.report.check("lab", "panic", || {
             let mut world = started?;
             crash_and_read(&mut world)
@@ -327,11 +333,18 @@ impl Run<'_> {
         }
     }
 
-    fn start_alone(&self, base: &Base, image: &Path, icount: Option<u8>) -> Result<LabWorld> {
-        let topology = Topology::new(FirewallKind::Image(image.to_owned()), 0);
+    /// Starts a world of this many clients with a clock of its own.
+    fn start_with(
+        &self,
+        base: &Base,
+        image: &Path,
+        clients: u8,
+        icount: Option<u8>,
+    ) -> Result<LabWorld> {
+        let topology = Topology::new(FirewallKind::Image(image.to_owned()), clients);
         let options = WorldOptions {
             lab: self.lab_options(icount),
-            booted_clients: false,
+            booted_clients: clients > 0,
         };
         LabWorld::start(base, self.screen, options, topology)
     }

@@ -73,8 +73,8 @@ const MIN_STAGED: usize = 8;
 /// Frames that are looked up before the first of them is decided.
 const MAX_STAGED: usize = 32;
 
-/// Bytes of tables that are taken to fit a cache.
-const CACHE_BYTES: usize = 2 << 20;
+/// Flows whose entries and places in the index do not fit a cache of 2 MiB any more.
+const MANY_FLOWS: u32 = (2 << 20) / 160;
 
 /// One frame of a batch.
 #[derive(Debug)]
@@ -95,8 +95,6 @@ pub struct Engine {
     flows4: FlowTable<V4>,
     flows6: FlowTable<V6>,
     fragments: Reassembly,
-    /// Whether the tables are too large for a cache.
-    is_large: bool,
 }
 
 /// What is known about a frame before its packet is read.
@@ -120,14 +118,11 @@ impl Engine {
             HashKey::new(half(0), half(1))
         };
         let owners = max_sources(limits.clients);
-        let flows4 = FlowTable::new(limits.flows4, owners, derive(1), derive(2));
-        let flows6 = FlowTable::new(limits.flows6, owners, derive(3), derive(4));
         Self {
             limits,
             core: Core::new(&limits, derive(0)),
-            is_large: flows4.bytes() + flows6.bytes() > CACHE_BYTES,
-            flows4,
-            flows6,
+            flows4: FlowTable::new(limits.flows4, owners, derive(1), derive(2)),
+            flows6: FlowTable::new(limits.flows6, owners, derive(3), derive(4)),
             fragments: Reassembly::new(limits.fragment_bytes, limits.clients),
         }
     }
@@ -138,8 +133,12 @@ impl Engine {
     }
 
     /// Decides one frame and rewrites it.
-    #[inline]
     pub fn process(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
+        self.process_here(ingress, frame, now)
+    }
+
+    #[inline(always)]
+    fn process_here(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
         match self.shortcut(ingress, frame, now) {
             Some(verdict) => verdict,
             None => self.decide(ingress, frame, now),
@@ -183,22 +182,27 @@ impl Engine {
 
     /// Decides a batch of frames, in order, as [`Self::process`] would.
     ///
-    /// With many frames and tables that do not fit a cache, the flows of all frames are looked up
-    /// before any frame is decided, so that the processor waits for memory once and not for every
-    /// frame.
+    /// With many frames, and more flows than fit a cache, the flows of all frames are looked up before
+    /// any frame is decided, so that the processor waits for memory once and not for every frame.
     pub fn process_batch(&mut self, work: &mut [Work<'_>], now: Time) {
-        if work.len() < MIN_STAGED || !self.is_large {
-            for item in work {
-                item.verdict = self.process(item.ingress, &mut item.frame, now);
-            }
-            return;
+        if work.len() < MIN_STAGED || self.flow_count() < MANY_FLOWS {
+            return self.process_singly(work, now);
         }
         for batch in work.chunks_mut(MAX_STAGED) {
             self.process_staged(batch, now);
         }
     }
 
+    /// One frame after the other.
+    #[inline(never)]
+    fn process_singly(&mut self, work: &mut [Work<'_>], now: Time) {
+        for item in work {
+            item.verdict = self.process_here(item.ingress, &mut item.frame, now);
+        }
+    }
+
     /// The two stages of [`Self::process_batch`].
+    #[inline(never)]
     fn process_staged(&mut self, batch: &mut [Work<'_>], now: Time) {
         let mut located = [None; MAX_STAGED];
         for (slot, item) in located.iter_mut().zip(batch.iter_mut()) {

@@ -101,12 +101,9 @@ fn b14_a_grant_revoked_between_check_and_copy_is_an_error() {
     world.client.put_request(request(lent.gref().0, 0, 100, 0));
     world.client.publish();
     let mut client = world.machine.domain(FIRST_CLIENT);
-    let mut lent = Some(lent);
-    world.machine.before_copy(ROUTER, move || {
-        if let Some(lent) = lent.take() {
-            let page = client.revoke(lent).unwrap();
-            client.release(page);
-        }
+    world.machine.before_next_copy(ROUTER, move || {
+        let page = client.revoke(lent).unwrap();
+        client.release(page);
     });
     world.run();
     assert_eq!(world.client.take_statuses(), [status::ERROR]);

@@ -149,12 +149,9 @@ impl Hypervisor for FakeHypervisor {
         if ops.is_empty() {
             return;
         }
-        let hook = self.with(|domain| domain.before_copy.take());
-        if let Some(mut hook) = hook {
+        let hook = self.with(|domain| domain.before_next_copy.take());
+        if let Some(hook) = hook {
             hook();
-            self.with(|domain| {
-                domain.before_copy.get_or_insert(hook);
-            });
         }
         let mut bytes = 0u64;
         let mut world = self.world.borrow_mut();

@@ -8,7 +8,7 @@
 //!
 //! * [`FakeMachine::fail`]: make the nth operation of a kind fail.
 //! * [`FakeMachine::hold`]: keep a granted page busy, as a backend does that has it mapped.
-//! * [`FakeMachine::before_copy`]: change the world between a driver's checks and its copy.
+//! * [`FakeMachine::before_next_copy`]: change the world between a driver's checks and its copy.
 //! * [`FakeMachine::race`]: change a word of shared memory all the time from another thread.
 //! * [`FakeMachine::kill`]: end a domain.
 //! * Write rings with [`crate::SharedPage`] directly, through a page that the peer's side granted.
@@ -150,9 +150,9 @@ impl FakeMachine {
         });
     }
 
-    /// Calls `f` at the start of each grant copy that the domain makes.
-    pub fn before_copy(&self, id: DomId, f: impl FnMut() + 'static) {
-        self.with(id, |domain| domain.before_copy = Some(Box::new(f)));
+    /// Calls `f` at the start of the next grant copy that the domain makes.
+    pub fn before_next_copy(&self, id: DomId, f: impl FnOnce() + 'static) {
+        self.with(id, |domain| domain.before_next_copy = Some(Box::new(f)));
     }
 
     /// Ends a domain: copies from and to it fail, its channels fall apart. What it has mapped stays in use
@@ -428,7 +428,7 @@ mod tests {
         let granted = a.grant(B, page, Access::ReadWrite).unwrap();
         let mut ops = [op(CopyDirection::FromPeer, granted.gref())];
         let killer = machine.clone();
-        machine.before_copy(B, move || killer.kill(A));
+        machine.before_next_copy(B, move || killer.kill(A));
         let mut pages = [b.allocate().unwrap()];
         b.grant_copy(&mut ops, &mut pages);
         assert_eq!(ops[0].status, GrantStatus::BAD_DOMAIN);

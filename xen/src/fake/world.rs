@@ -120,7 +120,7 @@ pub(super) struct Domain {
     maps: Vec<Option<(DomId, GrantRef)>>,
     pub(super) ports: Vec<Option<Port>>,
     pub(super) faults: Vec<Fault>,
-    pub(super) before_copy: Option<Box<dyn FnMut()>>,
+    pub(super) before_next_copy: Option<Box<dyn FnOnce()>>,
     pub(super) counters: HypervisorCounters,
 }
 
@@ -139,7 +139,7 @@ impl Domain {
             maps: Vec::new(),
             ports,
             faults: Vec::new(),
-            before_copy: None,
+            before_next_copy: None,
             counters: HypervisorCounters::default(),
         }
     }

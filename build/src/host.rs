@@ -84,6 +84,9 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
 
 /// Finds QEMU, installing it if it is missing, and decides how to use it.
 ///
+/// `LAB_ACCEL` chooses the accelerator (see below), `LAB_GUESTS` (`pv` or `pvh`)
+/// what the Linux guests are, against what is known of this QEMU.
+///
 /// # Errors
 ///
 /// [`Unusable`] if this machine cannot run the lab, with what to do about it.
@@ -110,10 +113,14 @@ pub fn prepare(screen: &Screen) -> Result<Qemu> {
         )));
     }
     let accelerator = choose_accelerator(screen, &program)?;
-    let pvh_linux = accelerator == Accelerator::Kvm || major < FIRST_QEMU_WITHOUT_PVH_LINUX;
-    if !pvh_linux {
+    let able = accelerator == Accelerator::Kvm || major < FIRST_QEMU_WITHOUT_PVH_LINUX;
+    let pvh_linux = match workspace::choice("LAB_GUESTS", &["pvh", "pv"])? {
+        Some(wish) => wish == "pvh",
+        None => able,
+    };
+    if !able {
         screen.warn(&format!(
-            "TCG of QEMU {major} cannot run PVH Linux; the Linux guests of the lab will be PV, the firewall image stays PVH"
+            "TCG of QEMU {major} cannot run PVH Linux; the Linux guests of the lab are PV, the firewall image stays PVH"
         ));
     }
     Ok(Qemu {

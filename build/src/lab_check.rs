@@ -306,7 +306,13 @@ fn heartbeat(world: &LabWorld, name: &str) -> Result<Job> {
 /// Ends the connection, demands that it lived to the end, and tells its longest
 /// gap.
 fn undisturbed(world: &LabWorld, name: &str, mut job: Job) -> Result<String> {
-    while let Progress::Wrote(_) = job.next(Duration::ZERO)? {}
+    let mut behind = job.next(Duration::ZERO)?;
+    while matches!(behind, Progress::Wrote(_)) {
+        behind = job.next(Duration::ZERO)?;
+    }
+    if let Progress::Ended(exit, _) = behind {
+        bail!("the connection of {name} ended: {exit:?}");
+    }
     // One more beat, which comes after all that happened.
     match job.next(world.lab.patience(COMMAND))? {
         Progress::Wrote(_) => {}

@@ -185,7 +185,12 @@ impl Run<'_> {
             self.report.check("lab", "image", || {
                 let built = image::prepare(workspace, screen, Variant::Normal)?;
                 let line = format!("{} bytes, sha256 {}", built.bytes, built.sha256);
+                let fits = built.bytes <= image::MOST_BYTES;
+                // One that is too large can still show what else is wrong.
                 image = Some(built);
+                must(fits, || {
+                    format!("{line}: more than {} bytes", image::MOST_BYTES)
+                })?;
                 Ok(vec![line])
             });
         }

@@ -135,9 +135,10 @@ fn isolation(world: &mut LabWorld) -> Result<Vec<String>> {
         )
     };
     let (spoofed, spoofed_c1) = grown("spoofed-source");
-    must(spoofed == 2 * FORGED && spoofed_c1 == 2 * FORGED, || {
+    // A Linux guest may add a router solicitation of its own, whose link-local source is no address of its vif.
+    must(spoofed_c1 >= 2 * FORGED && spoofed_c1 == spoofed, || {
         format!(
-            "spoofed-source grew by {spoofed} (c1: {spoofed_c1}), not by {}",
+            "spoofed-source grew by {spoofed} (c1: {spoofed_c1}), not by {} at least",
             2 * FORGED
         )
     })?;

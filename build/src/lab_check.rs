@@ -81,13 +81,18 @@ pub const CHECKS: &[Check] = &[
     },
     Check {
         name: "nat-ports",
-        title: "Servers see TCP and UDP come from the firewall, over IPv4 and IPv6.",
+        title: "Servers see TCP and UDP come from the firewall.",
         run: nat_ports,
     },
     Check {
         name: "dns",
         title: "Virtual resolvers answer over UDP and TCP.",
         run: dns,
+    },
+    Check {
+        name: "ipv6",
+        title: "Ping, TCP and DNS work over IPv6, from the firewall's address.",
+        run: ipv6,
     },
     Check {
         name: "download",
@@ -167,46 +172,59 @@ fn nat_ping(world: &mut LabWorld) -> Result<Vec<String>> {
     Ok(Vec::new())
 }
 
+/// Asks a server who we are.
+fn whoami(world: &LabWorld, name: &str, command: &str, firewall: IpAddr) -> Result<()> {
+    let seen = world.ask(name, command, COMMAND)?;
+    let right = seen.contains(&firewall.to_string());
+    ensure!(right, "{name}: `{command}` says {seen}");
+    Ok(())
+}
+
+/// Asks a resolver for the web server's address.
+fn resolve(world: &LabWorld, name: &str, how: &str, address: IpAddr) -> Result<()> {
+    let command = format!("lab resolve {WEB_NAME} {how}");
+    let answer = world.ask(name, &command, COMMAND)?;
+    let right = answer.starts_with(&address.to_string());
+    ensure!(right, "{name}: `{command}` says {answer}");
+    Ok(())
+}
+
 fn nat_ports(world: &mut LabWorld) -> Result<Vec<String>> {
-    let commands = [
-        (
-            format!("lab udp {ECHO} {WHOAMI_PORT} hello"),
-            IpAddr::from(FIREWALL),
-        ),
-        (
-            format!("nc -w 10 {ECHO} {WHOAMI_PORT}"),
-            IpAddr::from(FIREWALL),
-        ),
-        (
-            format!("nc -w 10 {ECHO6} {WHOAMI_PORT}"),
-            IpAddr::from(FIREWALL6),
-        ),
-    ];
     for name in names(world) {
-        for (command, firewall) in &commands {
-            let seen = world.ask(&name, command, COMMAND)?;
-            ensure!(
-                seen.contains(&firewall.to_string()),
-                "{name}: `{command}` says {seen}"
-            );
-        }
+        let datagram = format!("lab udp {ECHO} {WHOAMI_PORT} hello");
+        whoami(world, &name, &datagram, FIREWALL.into())?;
+        let stream = format!("nc -w 10 {ECHO} {WHOAMI_PORT}");
+        whoami(world, &name, &stream, FIREWALL.into())?;
     }
     Ok(Vec::new())
 }
 
 fn dns(world: &mut LabWorld) -> Result<Vec<String>> {
-    let mut questions = vec![(format!("--aaaa --server {DNS6}"), IpAddr::from(WEB6))];
-    for server in VIRTUAL_DNS {
-        questions.push((format!("--server {server}"), WEB.into()));
-        questions.push((format!("--tcp --server {server}"), WEB.into()));
-    }
     for name in names(world) {
-        for (how, address) in &questions {
-            let command = format!("lab resolve {WEB_NAME} {how}");
-            let answer = world.ask(&name, &command, COMMAND)?;
-            let right = answer.starts_with(&address.to_string());
-            ensure!(right, "{name}: `{command}` says {answer}");
+        for server in VIRTUAL_DNS {
+            resolve(world, &name, &format!("--server {server}"), WEB.into())?;
+            resolve(
+                world,
+                &name,
+                &format!("--tcp --server {server}"),
+                WEB.into(),
+            )?;
         }
+    }
+    Ok(Vec::new())
+}
+
+fn ipv6(world: &mut LabWorld) -> Result<Vec<String>> {
+    for name in names(world) {
+        world.ask(&name, &format!("ping -6 -c 2 -W 10 {WEB6}"), COMMAND)?;
+        let stream = format!("nc -w 10 {ECHO6} {WHOAMI_PORT}");
+        whoami(world, &name, &stream, FIREWALL6.into())?;
+        resolve(
+            world,
+            &name,
+            &format!("--aaaa --server {DNS6}"),
+            WEB6.into(),
+        )?;
     }
     Ok(Vec::new())
 }

@@ -15,6 +15,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use rustyline::error::ReadlineError;
 
 use crate::host::Unusable;
+use crate::image::{self, Variant};
 use crate::lab::link::{Job, Link, Progress};
 use crate::lab::machine::MachineOptions;
 use crate::lab::topology::{FirewallKind, Topology};
@@ -123,7 +124,7 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &LabArguments) -> 
         return stream(lab.dom0().start(&command.join(" "), COMMAND)?);
     }
     let kind = match arguments.firewall {
-        Firewall::Image => FirewallKind::Image(image(arguments)?),
+        Firewall::Image => FirewallKind::Image(image(workspace, screen, arguments)?),
         Firewall::Linux => FirewallKind::Linux,
         Firewall::None => FirewallKind::None,
     };
@@ -150,17 +151,12 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &LabArguments) -> 
     }
 }
 
-/// The image named by an argument or the environment.
-fn image(arguments: &LabArguments) -> Result<PathBuf> {
-    let named = arguments
-        .image
-        .clone()
-        .or_else(|| std::env::var_os(IMAGE_VARIABLE).map(PathBuf::from));
-    let path = named.ok_or_else(|| {
-        Unusable(format!(
-            "which firewall image? (--image FILE, {IMAGE_VARIABLE}, or --firewall linux)"
-        ))
-    })?;
+/// The image named by an argument or the environment, else the one built here.
+fn image(workspace: &Workspace, screen: &Screen, arguments: &LabArguments) -> Result<PathBuf> {
+    let variable = std::env::var_os(IMAGE_VARIABLE).map(PathBuf::from);
+    let Some(path) = arguments.image.clone().or(variable) else {
+        return Ok(image::prepare(workspace, screen, Variant::Normal)?.path);
+    };
     if !path.is_file() {
         bail!(Unusable(format!("there is no image {}", path.display())));
     }

@@ -464,7 +464,9 @@ impl DataPath {
             }
             let more = client.vif.arm().unwrap_or(true);
             client.ready = more;
-            work |= more;
+            // Frames that wait for slots or pages of the uplink's are no reason to stay awake: its notification is, and this
+            // client stays ready for that.
+            work |= more && !client.vif.is_held_back();
         }
         work
     }

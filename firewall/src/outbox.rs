@@ -139,8 +139,7 @@ impl Outbox {
         })
     }
 
-    #[cfg(test)]
-    fn is_empty(&self) -> bool {
+    pub(crate) const fn is_empty(&self) -> bool {
         self.count == 0
     }
 }

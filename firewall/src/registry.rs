@@ -12,10 +12,10 @@
 //! Source: `qubes-policy.md` 1.4, 3.5, 5; `performance.md` 5.7.
 
 use alloc::boxed::Box;
-use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::net::IpAddr;
 use hashbrown::HashMap;
+use litemap::LiteMap;
 
 use crate::address::{Address, V4, V6};
 use crate::config::{AttachError, ClientConfig, MappedAddress};
@@ -226,7 +226,7 @@ pub(crate) struct Registry {
     max_sources: u16,
     nodes4: HashMap<V4, Node>,
     nodes6: HashMap<V6, Node>,
-    dormant: BTreeMap<IpAddr, Rules>,
+    dormant: LiteMap<IpAddr, Rules>,
     mapped: Vec<MappedAddress>,
     configured: Vec<IpAddr>,
     epoch: u32,
@@ -249,7 +249,7 @@ impl Registry {
             max_sources: max_sources(vifs),
             nodes4: HashMap::new(),
             nodes6: HashMap::new(),
-            dormant: BTreeMap::new(),
+            dormant: LiteMap::new(),
             mapped: Vec::new(),
             configured: Vec::new(),
             epoch: 1,

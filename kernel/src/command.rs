@@ -406,6 +406,13 @@ fn rules(snapshot: &Snapshot, client: Option<IpAddr>, out: &mut dyn Write) -> fm
                 writeln!(out, "  policy {}", set.policy)?;
             }
         }
+        for name in &set.names {
+            write!(out, "  {}: {}", name.name, name.state)?;
+            for address in &name.addresses {
+                write!(out, " {address}")?;
+            }
+            writeln!(out)?;
+        }
     }
     if !any {
         writeln!(out, "no rules: everything is dropped")?;

@@ -20,7 +20,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-use firewall::{ClientId, Engine, Iface, Verdict, Work};
+use firewall::{ClientId, Iface, Verdict, Work};
 use heapless::Vec as Bounded;
 use netback::{Batch, Budget, Vif, VifTag};
 use netfront::{Quarantine, Uplink};
@@ -28,6 +28,7 @@ use xen::packet::HEADER_LEN;
 use xen::{Frame, Hypervisor, PortNumber, Time};
 
 use crate::egress;
+use crate::filter::Filter;
 
 /// Frames that the engine sees at once.
 pub const BURST: usize = 32;
@@ -95,8 +96,8 @@ pub enum Fault {
 
 /// The drivers, the engine and the buffers between them.
 pub struct DataPath {
-    /// The packet engine; the control plane configures it.
-    pub engine: Engine,
+    /// What decides frames; the control plane configures it.
+    pub filter: Filter,
     clients: Vec<Option<Client>>,
     uplink: Option<Uplink>,
     uplink_faulted: bool,
@@ -114,11 +115,11 @@ pub struct DataPath {
 impl DataPath {
     /// A data path without devices.
     #[must_use]
-    pub fn new(engine: Engine) -> Self {
+    pub fn new(filter: Filter) -> Self {
         let mut frames = Vec::with_capacity(BURST);
         frames.resize_with(BURST, Frame::new);
         Self {
-            engine,
+            filter,
             clients: Vec::new(),
             uplink: None,
             uplink_faulted: false,
@@ -373,8 +374,8 @@ impl DataPath {
             // There are as many places as containers.
             let _ = work.push(item);
         }
-        self.engine
-            .process_batch(&mut work, firewall::Time::from_nanos(now.0));
+        self.filter
+            .process(&mut work, firewall::Time::from_nanos(now.0));
         let mut verdicts: Bounded<_, BURST> = Bounded::new();
         for item in &work {
             let _ = verdicts.push((item.verdict, item.frame.checksum, item.frame.gso));
@@ -410,7 +411,7 @@ impl DataPath {
         let Some(frame) = self.frames.first_mut() else {
             return;
         };
-        while let Some(made) = self.engine.next_generated() {
+        while let Some(made) = self.filter.next_generated() {
             if !frame.fill(hv, made.bytes) {
                 self.counters.no_page = self.counters.no_page.wrapping_add(1);
                 continue;

@@ -105,7 +105,7 @@ impl Devices {
             }
             BackendEvent::Disconnect { device } => {
                 if let Some(client) = self.clients.remove(&device) {
-                    data.engine.detach_client(client.id);
+                    data.filter.detach_client(client.id);
                     data.disconnect_client(hv, client.id);
                     log::info!("{device}: disconnected");
                 }
@@ -121,7 +121,7 @@ impl Devices {
         parameters: &VifParameters,
     ) -> Result<(), String> {
         let id = self
-            .free_id(&data.engine)
+            .free_id(data.filter.engine())
             .ok_or_else(|| String::from("too many clients"))?;
         self.connections = self.connections.wrapping_add(1);
         let vif = Vif::connect(
@@ -137,7 +137,7 @@ impl Devices {
             },
         )
         .map_err(|error| error.to_string())?;
-        let attached = data.engine.attach_client(ClientConfig {
+        let attached = data.filter.attach_client(ClientConfig {
             id,
             domid: device.client.0,
             mac: parameters.mac,

@@ -7,7 +7,8 @@
 //! | module | what |
 //! | --- | --- |
 //! | [`machine`] | [`Firewall`](machine::Firewall): one step of the whole, called in a loop |
-//! | [`data_path`] | frames from ring to ring: drivers, copy batch, engine |
+//! | [`data_path`] | frames from ring to ring: drivers, copy batch, filter |
+//! | [`filter`] | engine, resolver and settings as one, without drivers; what `xtask fwsim` runs, too |
 //! | [`devices`] | obeys the xenbus handshakes: connects and disconnects drivers |
 //! | [`settings`] | what dom0 says, put in force: addresses, resolvers, rules |
 //! | [`snapshot`] | everything that can be seen from outside, as one encodable value |
@@ -25,6 +26,7 @@ pub mod command;
 pub mod data_path;
 pub mod devices;
 mod egress;
+pub mod filter;
 pub mod logger;
 pub mod machine;
 mod observe;

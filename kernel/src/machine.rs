@@ -9,7 +9,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::time::Duration;
 
-use firewall::{Engine, Limits};
+use firewall::Limits;
 use xen::stream::ByteStream;
 use xen::{Hypervisor, PortNumber, Time};
 use xenstore::{ControlEvent, ControlPlane, Event, Shutdown};
@@ -17,10 +17,10 @@ use xenstore::{ControlEvent, ControlPlane, Event, Shutdown};
 use crate::command::{self, Invocation};
 use crate::data_path::DataPath;
 use crate::devices::{Change, Devices};
+use crate::filter::{Filter, Options};
 use crate::logger::LOGGER;
 use crate::observe;
 use crate::pace::Pace;
-use crate::settings::Settings;
 use crate::snapshot::{Client, Counter, Memory, Scope, Snapshot, Uplink};
 use crate::terminal::Terminal;
 
@@ -44,6 +44,8 @@ pub struct Setup {
     pub pool_pages: usize,
     /// The event channels that are not a device's: xenstore's, and the console's if there is one.
     pub ports: Vec<PortNumber>,
+    /// Switches on the kernel command line.
+    pub options: Options,
 }
 
 /// How the loop goes on.
@@ -65,7 +67,6 @@ pub struct Firewall {
     control: ControlPlane,
     data: DataPath,
     devices: Devices,
-    settings: Settings,
     terminal: Terminal,
     setup: Setup,
     heap: HeapUse,
@@ -78,12 +79,11 @@ impl Firewall {
     /// A firewall without devices or settings. Allocates all tables of the data path.
     #[must_use]
     pub fn new(setup: Setup, control: ControlPlane, heap: HeapUse) -> Self {
-        let engine = Engine::new(setup.limits, setup.seed);
+        let filter = Filter::new(setup.limits, setup.seed, setup.options);
         Self {
             control,
-            data: DataPath::new(engine),
+            data: DataPath::new(filter),
             devices: Devices::new(setup.rx_buffers),
-            settings: Settings::new(),
             terminal: Terminal::new(),
             setup,
             heap,
@@ -122,11 +122,11 @@ impl Firewall {
         }
         self.devices
             .report_faults(&mut self.data, &mut self.control);
-        let expiring = self
+        let busy = self
             .data
-            .engine
-            .tick(firewall::Time::from_nanos(now.0), EXPIRIES_PER_ITERATION);
-        if moved || expiring {
+            .filter
+            .tick(filter_time(now), EXPIRIES_PER_ITERATION);
+        if moved || busy {
             hv.refresh_time();
             return Step::Continue;
         }
@@ -149,20 +149,12 @@ impl Firewall {
 
     /// When there is something to do even if nothing comes.
     fn deadline(&self, now: Time) -> Time {
-        let engine = self
-            .data
-            .engine
-            .next_deadline(firewall::Time::from_nanos(now.0))
-            .map(|time| Time(time.as_nanos()));
-        [
-            engine,
-            self.data.deadline(),
-            self.control.deadline(),
-            self.settings.deadline(),
-        ]
-        .into_iter()
-        .flatten()
-        .fold(now.plus(LONGEST_SLEEP), Time::min)
+        let filter = self.data.filter.next_deadline(filter_time(now));
+        let filter = filter.map(|time| Time(time.as_nanos()));
+        [filter, self.data.deadline(), self.control.deadline()]
+            .into_iter()
+            .flatten()
+            .fold(now.plus(LONGEST_SLEEP), Time::min)
     }
 
     /// Moves the control plane on. Returns whether the store is still there.
@@ -187,7 +179,6 @@ impl Firewall {
                 break;
             }
         }
-        self.settings.step(&mut self.data.engine, now);
         true
     }
 
@@ -203,10 +194,10 @@ impl Firewall {
                         .uplink_event(hv, &mut self.data, &mut self.control, event);
                 if change == Change::Uplink {
                     let mac = self.devices.uplink().map(|offer| offer.mac);
-                    self.settings.set_uplink(&mut self.data.engine, mac);
+                    self.data.filter.set_uplink(mac, filter_time(now));
                 }
             }
-            Event::Config(event) => self.settings.change(&mut self.data.engine, event, now),
+            Event::Config(event) => self.data.filter.change(event, filter_time(now)),
             Event::Control(ControlEvent::Identity { name, .. }) => {
                 self.ready = Some(hv.refresh_time());
                 let took = hv.now().since(self.setup.started);
@@ -273,8 +264,8 @@ impl Firewall {
     #[must_use]
     pub fn snapshot<H: Hypervisor>(&self, hv: &H, scope: Scope) -> Snapshot {
         let now = hv.now();
-        let engine = &self.data.engine;
-        let engine_now = firewall::Time::from_nanos(now.0);
+        let filter = &self.data.filter;
+        let engine = filter.engine();
         let (heap_bytes, heap_used_bytes) = (self.heap)();
         let page_bytes = |pages: usize| {
             u64::try_from(pages)
@@ -289,7 +280,7 @@ impl Firewall {
             uptime_nanos: after_start(now),
             ready_nanos: self.ready.map_or(0, after_start),
             source: Cow::Borrowed("xenstore"),
-            missing: self.settings.missing(),
+            missing: filter.settings().missing(),
             memory: Memory {
                 heap_bytes,
                 heap_used_bytes,
@@ -301,9 +292,9 @@ impl Firewall {
             uplink: self.uplink_view(),
             clients: self.client_views(),
             flows_total: engine.flow_count(),
-            flows: observe::flows(engine, scope.flows, scope.client, engine_now),
+            flows: observe::flows(engine, scope.flows, scope.client, filter_time(now)),
             rules: if scope.rules {
-                self.settings.rules(scope.client)
+                filter.rules(scope.client)
             } else {
                 Vec::new()
             },
@@ -311,7 +302,8 @@ impl Firewall {
     }
 
     fn counters<H: Hypervisor>(&self, hv: &H) -> Vec<Counter> {
-        let mut counters = observe::engine(self.data.engine.counters());
+        let mut counters = observe::engine(self.data.filter.engine().counters());
+        counters.extend(observe::resolver(self.data.filter.resolver().counters()));
         counters.extend(observe::main_loop(self.data.counters()));
         counters.extend(observe::hypervisor(&hv.counters()));
         counters.extend(observe::store(&self.control.counters()));
@@ -344,7 +336,7 @@ impl Firewall {
         let status = self.control.uplink();
         let backend = status.backend?;
         let driver = self.data.uplink();
-        let (ip4, ip6) = self.settings.own_addresses();
+        let (ip4, ip6) = self.data.filter.own_addresses();
         Some(Uplink {
             domid: backend.0,
             connected: driver.is_some(),
@@ -356,7 +348,7 @@ impl Firewall {
     }
 
     fn client_views(&self) -> Vec<Client> {
-        let engine: Vec<_> = self.data.engine.clients().collect();
+        let engine: Vec<_> = self.data.filter.engine().clients().collect();
         let view = |status: xenstore::VifStatus| {
             let connected = self.devices.client(&status.device);
             let vif = connected.and_then(|client| self.data.vif(client.id));
@@ -379,4 +371,9 @@ impl Firewall {
         };
         self.control.vifs().into_iter().map(view).collect()
     }
+}
+
+/// The time as the filter counts it.
+const fn filter_time(now: Time) -> firewall::Time {
+    firewall::Time::from_nanos(now.0)
 }

@@ -15,6 +15,7 @@ use core::fmt;
 use core::panic::PanicInfo;
 use core::time::Duration;
 
+use kernel::filter;
 use kernel::logger;
 use kernel::machine::{Firewall, Setup, Step};
 use kernel::plan::MemoryPlan;
@@ -137,6 +138,7 @@ fn run(context: BootContext, plan: &MemoryPlan) -> ! {
         mut store,
         entry_time,
         entropy,
+        command_line,
         ..
     } = context;
     let mut ports = Vec::from([store.port()]);
@@ -148,6 +150,7 @@ fn run(context: BootContext, plan: &MemoryPlan) -> ! {
         started: entry_time,
         pool_pages: guest.free_pages(),
         ports,
+        options: filter::Options::from_command_line(&command_line),
     };
     let control = ControlPlane::new(Options::default());
     let mut firewall = Firewall::new(setup, control, heap_use);

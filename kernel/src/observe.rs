@@ -72,6 +72,18 @@ pub(crate) fn engine(counters: &firewall::Counters) -> Vec<Counter> {
         .collect()
 }
 
+/// The resolver's counters.
+pub(crate) fn resolver(counters: &firewall::resolver::Counters) -> Vec<Counter> {
+    named!("resolver.", counters, {
+        "lookups": lookups,
+        "resolved": resolved,
+        "failed": failed,
+        "unexpected": unexpected,
+        "refused-names": refused_names,
+        "learned": learned,
+    })
+}
+
 /// The xenstore client's counters.
 pub(crate) fn store(counters: &StoreCounters) -> Vec<Counter> {
     named!("store.", counters, {

@@ -134,6 +134,25 @@ pub(crate) fn complete(frame: &mut Frame) -> bool {
     true
 }
 
+/// The same for a frame in one piece.
+pub(crate) fn complete_bytes(frame: &mut [u8]) -> bool {
+    let Some(place) = Place::of(frame, frame.len()) else {
+        return false;
+    };
+    let mut value = !sum(frame.get(place.transport..place.end).unwrap_or_default());
+    if place.udp && value == 0 {
+        value = 0xffff;
+    }
+    let field = place.checksum();
+    match frame.get_mut(field..).and_then(<[u8]>::first_chunk_mut) {
+        Some(bytes) => {
+            *bytes = value.to_be_bytes();
+            true
+        }
+        None => false,
+    }
+}
+
 /// How a large TCP packet is cut: what the driver must know, and what is needed to write each header.
 pub(crate) struct Cut {
     pub(crate) segments: Segments,

@@ -11,6 +11,12 @@
 //! A commit is read and compiled in small steps between bursts of frames, one address at a time; until it is done
 //! the rules before it stay in force. A tree that cannot be understood, or is too large, refuses everything from
 //! its client: visibly, in `rules` and with one log line. Committing the same tree again is a reload.
+//!
+//! # Names
+//!
+//! The names of a tree are given to the resolver before the tree is compiled. When what a name stands for has
+//! changed, the rules that are in force are compiled again (a *refresh*), apart from commits and beside them. A
+//! compilation that is under way then, for whatever reason, starts again: no rule set sees half of a change.
 
 use alloc::borrow::Cow;
 use alloc::collections::VecDeque;
@@ -20,20 +26,21 @@ use alloc::vec::Vec;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use firewall::config::DEFAULT_MTU;
-use firewall::rule::{Action, RuleChain};
-use firewall::ruleset::{Compiler, HostPolicy, NoHosts, Progress, RuleEnvironment};
-use firewall::{Downstream, Engine, GATEWAY_MAC, MappedAddress, UplinkConfig};
+use firewall::resolver::{FailureKind, NameView, Resolver, UserHosts};
+use firewall::rule::{Action, HostName, RuleChain};
+use firewall::ruleset::{Compiler, HostLookup, HostPolicy, HostState, Progress, RuleEnvironment};
+use firewall::{Downstream, Engine, GATEWAY_MAC, MappedAddress, Time, UplinkConfig};
 use litemap::LiteMap;
 use qubes::address_text::parse_canonical;
-use qubes::qubesdb::Sink;
+use qubes::dns_report;
+use qubes::qubesdb::{Path, Sink};
 use qubes::reload::{Reload, ReloadProgress};
 use qubes::rule_text::RuleText;
 use qubes::settings::{NetworkSettings, Problem, Setting};
-use qubes::store::{Event, Store};
-use xen::Time;
+use qubes::store::{Event, HandledPath, Store};
 use xenstore::ConfigEvent;
 
-use crate::snapshot::Rules;
+use crate::snapshot::{Name, Rules};
 
 /// Resolver addresses that clients use when nothing else is said: Qubes' own.
 const VIRTUAL_RESOLVERS: [Ipv4Addr; 2] =
@@ -42,20 +49,69 @@ const VIRTUAL_RESOLVERS: [Ipv4Addr; 2] =
 /// Addresses whose rules may wait for their turn; a later commit of the same address adds nothing.
 const MAX_WAITING: usize = 4096;
 
+/// What settings are put in force in.
+pub struct Target {
+    /// Decides frames.
+    pub engine: Engine,
+    /// Knows what names stand for.
+    pub resolver: Resolver,
+}
+
 /// The rules of one address as they are in force.
-#[derive(Debug)]
-enum Live {
-    /// Understood and compiled.
-    Chain(Arc<RuleChain>),
-    /// Everything is refused, for this reason.
-    Refused(String),
+#[derive(Debug, Default)]
+struct Live {
+    /// The rules, if they were understood.
+    chain: Option<Arc<RuleChain>>,
+    /// Why everything is refused, if it is.
+    refused: Option<String>,
+    /// The last commit's key and number to report.
+    handled: Option<(HandledPath, u64)>,
 }
 
 /// A rule set on its way into force.
 #[derive(Debug)]
 enum Job {
     Reading(IpAddr, Reload),
-    Compiling(IpAddr, Arc<RuleChain>, Compiler<Arc<RuleChain>>),
+    Compiling(Compilation),
+}
+
+impl Job {
+    const fn address(&self) -> IpAddr {
+        match self {
+            Self::Reading(address, _) => *address,
+            Self::Compiling(compilation) => compilation.address,
+        }
+    }
+}
+
+/// A rule chain that is being compiled.
+#[derive(Debug)]
+struct Compilation {
+    address: IpAddr,
+    chain: Arc<RuleChain>,
+    compiler: Compiler<Arc<RuleChain>>,
+}
+
+impl Compilation {
+    fn new(address: IpAddr, chain: Arc<RuleChain>) -> Self {
+        let compiler = Compiler::new(Arc::clone(&chain));
+        Self {
+            address,
+            chain,
+            compiler,
+        }
+    }
+}
+
+/// What the rest of the world may be told about the rules of one address.
+#[derive(Debug)]
+pub struct Report {
+    /// The address.
+    pub client: IpAddr,
+    /// The key and the value that tell which commit is in force, if there is a commit.
+    pub handled: Option<(HandledPath, u64)>,
+    /// Everything that should be below [`dns_report::directory`]: what the names in the rules stand for.
+    pub names: Vec<(Path, String)>,
 }
 
 /// The settings in force.
@@ -64,75 +120,88 @@ pub struct Settings {
     network: NetworkSettings,
     /// Our MAC address on the uplink while there is one.
     uplink_mac: Option<[u8; 6]>,
+    /// Our side of the uplink as the engine has it.
+    uplink: Option<UplinkConfig>,
+    host_policy: HostPolicy,
     live: LiteMap<IpAddr, Live>,
+    /// Commits that wait for their turn.
     waiting: VecDeque<IpAddr>,
     job: Option<Job>,
+    /// Addresses whose rules are in force and must be compiled again.
+    stale: VecDeque<IpAddr>,
+    refresh: Option<Compilation>,
+    /// Addresses that [`Settings::next_report`] has news of, each once.
+    reports: VecDeque<IpAddr>,
     /// All existing settings have been seen once.
     complete: bool,
     /// Told to the operator already.
     told: Vec<Problem>,
 }
 
-impl Default for Settings {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Settings {
-    /// No settings: everything is dropped.
+    /// No settings: everything is dropped. `host_policy` says what names without addresses do to their rules.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn new(host_policy: HostPolicy) -> Self {
         Self {
             store: Store::default(),
             network: NetworkSettings::default(),
             uplink_mac: None,
+            uplink: None,
+            host_policy,
             live: LiteMap::new(),
             waiting: VecDeque::new(),
             job: None,
+            stale: VecDeque::new(),
+            refresh: None,
+            reports: VecDeque::new(),
             complete: false,
             told: Vec::new(),
         }
     }
 
     /// Takes in a change. What it means is put in force at once, rules within the next [`Settings::step`]s.
-    pub fn change(&mut self, engine: &mut Engine, event: ConfigEvent, now: Time) {
-        let _ = now;
+    pub fn change(&mut self, target: &mut Target, event: ConfigEvent, now: Time) {
         match event {
             ConfigEvent::Written { key, value } => self.store.written(&key, &value),
             ConfigEvent::Removed { key } => {
                 self.store.removed(&key);
                 if let Some(address) = tree_address(&key) {
-                    self.forget(engine, address);
+                    self.forget(target, address);
                 }
             }
             ConfigEvent::Unusable { key, reason } => {
                 if let Some(address) = tree_address(&key) {
-                    self.refuse(engine, address, reason.to_string());
+                    self.cancel(address);
+                    target.resolver.forget(address);
+                    self.refuse(&mut target.engine, address, None, reason.to_string());
                 }
             }
             ConfigEvent::Ready => {
                 self.complete = true;
-                self.apply_network(engine);
+                self.apply_network(target, now);
             }
         }
         while let Some(event) = self.store.next_event() {
             match event {
                 Event::SettingsChanged => {
-                    self.apply_network(engine);
+                    self.apply_network(target, now);
                     // `specialtarget=dns` means the resolvers that are known now.
-                    let all: Vec<IpAddr> = self.live.keys().copied().collect();
+                    // What could not even be read stays refused.
+                    let readable = self.live.iter().filter(|(_, live)| live.chain.is_some());
+                    let all: Vec<IpAddr> = readable.map(|(address, _)| *address).collect();
                     for address in all {
                         self.enqueue(address);
                     }
+                    self.start_again(None);
                 }
-                Event::ConnectedChanged => self.apply_network(engine),
-                Event::MappedChanged => self.apply_mapped(engine),
+                Event::ConnectedChanged => self.apply_network(target, now),
+                Event::MappedChanged => self.apply_mapped(&mut target.engine),
                 Event::Commit(address) => self.enqueue(address),
             }
         }
         if self.store.is_crowded() {
-            let attached: Vec<IpAddr> = engine
+            let attached: Vec<IpAddr> = target
+                .engine
                 .clients()
                 .flat_map(|client| client.addresses)
                 .collect();
@@ -142,9 +211,9 @@ impl Settings {
     }
 
     /// The uplink came (with our MAC address on it) or went.
-    pub fn set_uplink(&mut self, engine: &mut Engine, mac: Option<[u8; 6]>) {
+    pub fn set_uplink(&mut self, target: &mut Target, mac: Option<[u8; 6]>, now: Time) {
         self.uplink_mac = mac;
-        self.apply_network(engine);
+        self.apply_network(target, now);
     }
 
     fn enqueue(&mut self, address: IpAddr) {
@@ -154,9 +223,10 @@ impl Settings {
     }
 
     /// Gives the engine everything that the network settings say.
-    fn apply_network(&mut self, engine: &mut Engine) {
+    fn apply_network(&mut self, target: &mut Target, now: Time) {
         self.network = NetworkSettings::from_lookup(|key| self.store.get(key));
         let network = &self.network;
+        let engine = &mut target.engine;
         engine.set_downstream(Downstream {
             gateway4: network.client_gateway4,
             gateway6: network.client_gateway6,
@@ -184,7 +254,18 @@ impl Settings {
             _ => None,
         };
         engine.set_uplink(uplink);
+        let reached = |server: &&IpAddr| uplink.as_ref().is_some_and(|own| reaches(own, server));
+        let servers: Vec<IpAddr> = network.resolvers.iter().filter(reached).copied().collect();
+        let is_new = uplink.is_some() && self.uplink != uplink;
+        target.resolver.set_servers(&servers, is_new, now);
+        self.uplink = uplink;
         self.tell_problems();
+    }
+
+    /// Our side of the uplink, while there is one.
+    #[must_use]
+    pub const fn uplink(&self) -> Option<&UplinkConfig> {
+        self.uplink.as_ref()
     }
 
     fn apply_mapped(&self, engine: &mut Engine) {
@@ -243,9 +324,9 @@ impl Settings {
         (self.network.uplink4, self.network.uplink6)
     }
 
-    /// Moves one rule set one step nearer to being in force.
-    pub fn step(&mut self, engine: &mut Engine, now: Time) {
-        let _ = now;
+    /// Moves one commit and one refresh one step nearer to being in force.
+    pub fn step(&mut self, target: &mut Target, now: Time) {
+        self.step_refresh(target);
         let job = match self.job.take() {
             Some(job) => job,
             None => loop {
@@ -258,110 +339,291 @@ impl Settings {
             },
         };
         self.job = match job {
-            Job::Reading(address, reload) => self.read(engine, address, reload),
-            Job::Compiling(address, chain, compiler) => {
-                self.compile(engine, address, chain, compiler)
-            }
+            Job::Reading(address, reload) => self.read(target, address, reload, now),
+            Job::Compiling(compilation) => self.compile(target, compilation).map(Job::Compiling),
         };
     }
 
-    /// When [`Settings::step`] is to be called next; at once while there is work.
-    #[must_use]
-    pub fn deadline(&self) -> Option<Time> {
-        (self.job.is_some() || !self.waiting.is_empty()).then_some(Time(0))
+    /// Moves one refresh one step nearer to being in force.
+    pub fn step_refresh(&mut self, target: &mut Target) {
+        let refresh = match self.refresh.take() {
+            Some(refresh) => refresh,
+            None => loop {
+                let Some(address) = self.stale.pop_front() else {
+                    return;
+                };
+                let chain = self.live.get(&address).and_then(|live| live.chain.as_ref());
+                if let Some(chain) = chain {
+                    break Compilation::new(address, Arc::clone(chain));
+                }
+            },
+        };
+        self.refresh = self.compile(target, refresh);
     }
 
-    fn read(&mut self, engine: &mut Engine, address: IpAddr, reload: Reload) -> Option<Job> {
+    /// Whether [`Settings::step`] has work.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.job.is_some() || !self.waiting.is_empty() || self.is_refreshing()
+    }
+
+    fn is_refreshing(&self) -> bool {
+        self.refresh.is_some() || !self.stale.is_empty()
+    }
+
+    /// Whether the rules in force for an address are about to be compiled again, because what a name stands for has
+    /// changed.
+    #[must_use]
+    pub fn is_stale(&self, address: IpAddr) -> bool {
+        self.stale.contains(&address)
+            || self
+                .refresh
+                .as_ref()
+                .is_some_and(|own| own.address == address)
+            || matches!(&self.job, Some(Job::Compiling(own)) if own.address == address)
+    }
+
+    /// What names in the rules of an address stand for has changed: they are compiled again in the next
+    /// [`Settings::step`]s.
+    pub fn names_changed(&mut self, address: IpAddr) {
+        self.start_again(Some(address));
+        let under_way = |own: &Compilation| own.address == address;
+        let committing = matches!(&self.job, Some(Job::Compiling(own)) if under_way(own));
+        let refreshing = self.refresh.as_ref().is_some_and(under_way);
+        if !committing && !refreshing && !self.stale.contains(&address) {
+            self.stale.push_back(address);
+        }
+    }
+
+    /// Starts compilations under way from the beginning: all, or those for one address.
+    fn start_again(&mut self, address: Option<IpAddr>) {
+        let restart = |own: &mut Compilation| {
+            if address.is_none_or(|address| address == own.address) {
+                own.compiler = Compiler::new(Arc::clone(&own.chain));
+            }
+        };
+        if let Some(Job::Compiling(own)) = &mut self.job {
+            restart(own);
+        }
+        if let Some(own) = &mut self.refresh {
+            restart(own);
+        }
+    }
+
+    fn read(
+        &mut self,
+        target: &mut Target,
+        address: IpAddr,
+        reload: Reload,
+        now: Time,
+    ) -> Option<Job> {
         match reload.step(Reload::STEP_KEYS) {
             ReloadProgress::Working(more) => Some(Job::Reading(address, more)),
             ReloadProgress::Done(chain) => {
-                let chain = Arc::new(chain);
-                let compiler = Compiler::new(Arc::clone(&chain));
-                Some(Job::Compiling(address, chain, compiler))
+                // From here on the resolver knows the new names, not the old ones: no refresh of the old rules.
+                self.cancel_refresh(address);
+                if !target.resolver.set_names(address, chain.host_names(), now) {
+                    log::warn!("rules of {address}: too many names; some stay unresolved");
+                }
+                Some(Job::Compiling(Compilation::new(address, Arc::new(chain))))
             }
             ReloadProgress::Failed(error) => {
-                self.refuse(engine, address, error.to_string());
+                self.cancel_refresh(address);
+                target.resolver.forget(address);
+                self.refuse(&mut target.engine, address, None, error.to_string());
                 None
             }
         }
     }
 
-    fn compile(
-        &mut self,
-        engine: &mut Engine,
-        address: IpAddr,
-        chain: Arc<RuleChain>,
-        compiler: Compiler<Arc<RuleChain>>,
-    ) -> Option<Job> {
+    /// Compiles one step further; returns what is left to do.
+    fn compile(&mut self, target: &mut Target, compilation: Compilation) -> Option<Compilation> {
+        let Compilation {
+            address,
+            chain,
+            compiler,
+        } = compilation;
         let resolvers4 = resolvers4(&self.network);
         let environment = RuleEnvironment {
             resolvers4: &resolvers4,
             resolvers6: &[],
-            hosts: &NoHosts,
-            host_policy: HostPolicy::PerRule,
+            hosts: &target.resolver.hosts_of(address),
+            host_policy: self.host_policy,
         };
         match compiler.step(&environment, Compiler::<Arc<RuleChain>>::STEP_BUDGET) {
-            Progress::Working(more) => Some(Job::Compiling(address, chain, more)),
+            Progress::Working(compiler) => {
+                return Some(Compilation {
+                    address,
+                    chain,
+                    compiler,
+                });
+            }
             Progress::Done(rules) => {
-                engine.set_rules(address, rules);
-                self.live.insert(address, Live::Chain(chain));
-                self.store.handled(address);
-                None
+                target.engine.set_rules(address, rules);
+                self.put(address, Some(chain), None);
             }
             Progress::Failed(error) => {
-                self.refuse(engine, address, error.to_string());
-                None
+                self.refuse(&mut target.engine, address, Some(chain), error.to_string());
             }
         }
+        None
     }
 
-    /// Refuses everything from an address, with one log line.
-    fn refuse(&mut self, engine: &mut Engine, address: IpAddr, reason: String) {
+    /// Refuses everything from an address. One log line, unless that is so already.
+    fn refuse(
+        &mut self,
+        engine: &mut Engine,
+        address: IpAddr,
+        chain: Option<Arc<RuleChain>>,
+        reason: String,
+    ) {
         engine.set_rules_invalid(address);
-        self.store.handled(address);
-        log::warn!("rules of {address}: everything refused: {reason}");
-        self.live.insert(address, Live::Refused(reason));
+        let known = self
+            .live
+            .get(&address)
+            .and_then(|live| live.refused.as_ref());
+        if known != Some(&reason) {
+            log::warn!("rules of {address}: everything refused: {reason}");
+        }
+        self.put(address, chain, Some(reason));
+    }
+
+    /// Notes what is in force for an address.
+    fn put(&mut self, address: IpAddr, chain: Option<Arc<RuleChain>>, refused: Option<String>) {
+        let handled = self.store.handled(address);
+        let live = self.live.entry(address).or_default();
+        live.chain = chain;
+        live.refused = refused;
+        live.handled = handled.or(live.handled);
+        if !self.reports.contains(&address) && self.reports.len() < MAX_WAITING {
+            self.reports.push_back(address);
+        }
     }
 
     /// The tree of an address is gone: everything from it is dropped.
-    fn forget(&mut self, engine: &mut Engine, address: IpAddr) {
-        engine.remove_rules(address);
+    fn forget(&mut self, target: &mut Target, address: IpAddr) {
+        target.engine.remove_rules(address);
+        target.resolver.forget(address);
         self.live.remove(&address);
+        self.cancel(address);
+        self.reports.retain(|reported| *reported != address);
+    }
+
+    /// Forgets commits and refreshes of an address that are not in force yet.
+    fn cancel(&mut self, address: IpAddr) {
         self.waiting.retain(|waiting| *waiting != address);
-        if matches!(&self.job, Some(Job::Reading(of, _) | Job::Compiling(of, _, _)) if *of == address)
+        if self
+            .job
+            .as_ref()
+            .is_some_and(|job| job.address() == address)
         {
             self.job = None;
         }
+        self.cancel_refresh(address);
+    }
+
+    fn cancel_refresh(&mut self, address: IpAddr) {
+        self.stale.retain(|stale| *stale != address);
+        if self
+            .refresh
+            .as_ref()
+            .is_some_and(|own| own.address == address)
+        {
+            self.refresh = None;
+        }
+    }
+
+    /// What QubesDB is to be told: the next address whose rules came into force or whose names changed.
+    pub fn next_report(&mut self, resolver: &Resolver) -> Option<Report> {
+        let client = self.reports.pop_front()?;
+        let hosts = resolver.hosts_of(client);
+        let report = |known: NameView<'_>| {
+            let path = dns_report::path(client, known.name)?;
+            Some((
+                path,
+                dns_report::value(addresses(client, &hosts, known.name)),
+            ))
+        };
+        Some(Report {
+            client,
+            handled: self.live.get(&client).and_then(|live| live.handled),
+            names: resolver.names_of(client).filter_map(report).collect(),
+        })
     }
 
     /// The rules in force, of all clients or of one.
     #[must_use]
-    pub fn rules(&self, client: Option<IpAddr>) -> Vec<Rules> {
+    pub fn rules(&self, client: Option<IpAddr>, resolver: &Resolver) -> Vec<Rules> {
         self.live
             .iter()
             .filter(|(address, _)| client.is_none_or(|client| client == **address))
-            .map(|(address, live)| match live {
-                Live::Refused(reason) => Rules {
+            .map(|(address, live)| {
+                let chain = live.chain.as_deref();
+                Rules {
                     address: *address,
-                    error: Some(reason.clone()),
-                    policy: Cow::Borrowed("drop"),
-                    rules: Vec::new(),
-                },
-                Live::Chain(chain) => Rules {
-                    address: *address,
-                    error: None,
-                    policy: Cow::Borrowed(match chain.policy() {
-                        Action::Accept => "accept",
-                        Action::Drop => "drop",
+                    error: live.refused.clone(),
+                    policy: Cow::Borrowed(match chain.map(RuleChain::policy) {
+                        Some(Action::Accept) => "accept",
+                        Some(Action::Drop) | None => "drop",
                     }),
                     rules: chain
-                        .rules()
+                        .map_or(&[][..], RuleChain::rules)
                         .iter()
                         .map(|rule| (rule.number.get(), RuleText(rule).to_string()))
                         .collect(),
-                },
+                    names: names(*address, resolver),
+                }
             })
             .collect()
+    }
+}
+
+/// What is known about the names in the rules of an address.
+fn names(client: IpAddr, resolver: &Resolver) -> Vec<Name> {
+    let hosts = resolver.hosts_of(client);
+    let view = |known: NameView<'_>| Name {
+        name: known.name.to_string(),
+        state: Cow::Borrowed(state_word(&known)),
+        addresses: addresses(client, &hosts, known.name),
+    };
+    resolver.names_of(client).map(view).collect()
+}
+
+/// What a name stands for in the rules of an address.
+fn addresses(client: IpAddr, hosts: &UserHosts<'_>, name: &HostName) -> Vec<IpAddr> {
+    let mut addresses = Vec::new();
+    let mut add = |address: IpAddr| {
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    };
+    match client {
+        IpAddr::V4(_) => hosts.addresses4(name, &mut |own| add(own.into())),
+        IpAddr::V6(_) => hosts.addresses6(name, &mut |own| add(own.into())),
+    };
+    addresses
+}
+
+/// How it stands with a name, in words.
+const fn state_word(known: &NameView<'_>) -> &'static str {
+    match (known.state, known.failure) {
+        (HostState::Resolved, None) => "resolved",
+        (HostState::Resolved, Some(_)) => "resolved, but the last lookup failed",
+        (HostState::Unresolved, None) => "pending",
+        (HostState::Unresolved, Some(failure)) => match failure.kind {
+            FailureKind::Timeout => "unresolved: no answer",
+            FailureKind::NoSuchName => "unresolved: no such name",
+            FailureKind::ServerFailure(_) => "unresolved: the server failed",
+            FailureKind::ImpossibleName => "unresolved: not a name that DNS can have",
+        },
+    }
+}
+
+/// Whether a resolver can be reached over the uplink: over IPv6 only with an address and a next hop of that family.
+const fn reaches(uplink: &UplinkConfig, server: &IpAddr) -> bool {
+    match server {
+        IpAddr::V4(_) => true,
+        IpAddr::V6(_) => uplink.ip6.is_some() && uplink.gateway6.is_some(),
     }
 }
 

@@ -19,7 +19,7 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 /// The version of the encoding. Raised whenever a field is added, removed or changes its meaning.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 
 /// The line before an encoded snapshot on the console.
 pub const BEGIN_MARK: &str = "@@SNAPSHOT-BEGIN";
@@ -152,6 +152,19 @@ pub struct Rules {
     pub policy: Cow<'static, str>,
     /// The rules: number and text.
     pub rules: Vec<(u16, String)>,
+    /// The names in them, and what they stand for.
+    pub names: Vec<Name>,
+}
+
+/// A name in the rules of one address.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Name {
+    /// The name.
+    pub name: String,
+    /// `resolved`, `pending`, or what is wrong, in words.
+    pub state: Cow<'static, str>,
+    /// The addresses that it stands for, looked up and learned.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Everything that can be seen from outside.
@@ -348,7 +361,12 @@ pub(crate) mod tests {
                 address: client,
                 error: None,
                 policy: "drop".into(),
-                rules: vec![(0, "action=accept".into())],
+                rules: vec![(0, "action=accept dsthost=web.example".into())],
+                names: vec![Name {
+                    name: "web.example".into(),
+                    state: "resolved".into(),
+                    addresses: vec!["198.51.100.1".parse().unwrap()],
+                }],
             }],
         }
     }

@@ -22,7 +22,7 @@
 //! Source: `qubes-policy.md` 1.1 to 1.4.
 
 use alloc::boxed::Box;
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::VecDeque;
 use alloc::sync::Arc;
 use core::fmt;
 use core::net::{IpAddr, Ipv4Addr};
@@ -106,7 +106,7 @@ impl Target {
 }
 
 /// The keys outside firewall trees.
-type Keys = BTreeMap<Box<str>, Box<[u8]>>;
+type Keys = LiteMap<Box<str>, Box<[u8]>>;
 
 /// A bounded copy of dom0's keys.
 #[derive(Debug)]
@@ -163,7 +163,7 @@ impl Store {
     /// An empty store that may take about `budget` bytes.
     pub const fn new(budget: usize) -> Self {
         Self {
-            keys: BTreeMap::new(),
+            keys: LiteMap::new(),
             dumped: None,
             targets: LiteMap::new(),
             by_sequence: LiteMap::new(),
@@ -307,9 +307,9 @@ impl Store {
 
     /// Removes one key outside firewall trees.
     fn remove_key(&mut self, path: &str) {
-        if let Some((path, value)) = self.keys.remove_entry(path) {
+        if let Some(value) = self.keys.remove(path) {
             self.cost -= KEY_COST + path.len() + value.len();
-            self.note_change(&path);
+            self.note_change(path);
         }
     }
 
@@ -402,18 +402,17 @@ impl Store {
 
 /// The keys that begin with `directory`, which ends with a slash.
 fn below<'a>(keys: &'a Keys, directory: &'a str) -> impl Iterator<Item = (&'a Box<str>, &'a [u8])> {
-    keys.range::<str, _>((
-        core::ops::Bound::Included(directory),
-        core::ops::Bound::Unbounded,
-    ))
-    .take_while(move |(path, _)| path.starts_with(directory))
-    .map(|(path, value)| (path, &**value))
+    let (Ok(first) | Err(first)) = keys.find_index(directory);
+    (first..)
+        .map_while(|index| keys.get_indexed(index))
+        .take_while(move |(path, _)| path.starts_with(directory))
+        .map(|(path, value)| (path, &**value))
 }
 
 impl Sink for Store {
     fn dump_started(&mut self) {
         self.drop_dump();
-        self.dumped = Some(BTreeMap::new());
+        self.dumped = Some(LiteMap::new());
     }
 
     fn written(&mut self, path: &str, value: &[u8]) {

@@ -6,11 +6,11 @@
 //! order.
 
 use alloc::boxed::Box;
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::VecDeque;
 use alloc::vec::Vec;
-use core::ops::Bound;
 
 use firewall::rule::RuleNumber;
+use litemap::LiteMap;
 
 use crate::firewall_tree::TreeKey;
 
@@ -63,7 +63,7 @@ pub struct Tree {
     /// In ascending order.
     rules: VecDeque<(RuleNumber, Span)>,
     /// Everything that is not a rule.
-    others: BTreeMap<OwnedKey, Span>,
+    others: LiteMap<OwnedKey, Span>,
     /// Never grown past the capacity they were made with.
     blocks: Vec<Vec<u8>>,
     /// Bytes of all blocks.
@@ -88,7 +88,7 @@ impl Tree {
     pub fn iter(&self) -> impl Iterator<Item = (TreeKey<'_>, &[u8])> {
         let rules = self.rules.iter();
         let rules = rules.map(|&(number, span)| (TreeKey::Rule(number), span));
-        let others = self.others.iter().map(|(key, &span)| (key.as_key(), span));
+        let others = self.others.iter().map(|(key, span)| (key.as_key(), *span));
         rules
             .chain(others)
             .map(|(key, span)| (key, self.value(span)))
@@ -120,8 +120,12 @@ impl Tree {
             return Some((OwnedKey::Rule(number), self.value(span)));
         }
         // Rules come before everything else.
-        let start = previous.map_or(Bound::Unbounded, Bound::Excluded);
-        let (key, span) = self.others.range((start, Bound::Unbounded)).next()?;
+        let next = match previous.map(|previous| self.others.find_index(previous)) {
+            None => 0,
+            Some(Ok(index)) => index + 1,
+            Some(Err(index)) => index,
+        };
+        let (key, span) = self.others.get_indexed(next)?;
         Some((key.clone(), self.value(*span)))
     }
 
@@ -314,7 +318,7 @@ mod tests {
             ),
         ) {
             let mut tree = Tree::default();
-            let mut map = BTreeMap::new();
+            let mut map = std::collections::BTreeMap::new();
             for (index, (number, write)) in operations.into_iter().enumerate() {
                 match write {
                     Some(len) => {

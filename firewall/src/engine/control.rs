@@ -131,6 +131,11 @@ impl Engine {
             .map(|(id, vif)| self.client_view(id, vif))
     }
 
+    /// The real addresses of an attached client; none for an unknown number.
+    pub fn client_addresses(&self, id: ClientId) -> &[IpAddr] {
+        self.core.registry.vif(id.0).map_or(&[], Vif::addresses)
+    }
+
     fn client_view(&self, id: ClientId, vif: &Vif) -> ClientView {
         let flows = |source| self.flows4.flows_of(source) + self.flows6.flows_of(source);
         ClientView {

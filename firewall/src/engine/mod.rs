@@ -313,7 +313,7 @@ impl Engine {
         match self.core.vif_of(arrival.ingress).and_then(|vif| vif.fake) {
             Some(fake) if parsed.src == fake.visible => {
                 fake::to_real(frame.head, frame.checksum, &fake);
-                self.packet4(frame, arrival)
+                self.packet4_aside(frame, arrival)
             }
             _ => Verdict::Drop(DropReason::SpoofedSource),
         }
@@ -367,6 +367,13 @@ impl Engine {
             transport,
             arrival,
         )
+    }
+
+    /// The same for those who are called rarely: one copy of it is enough for them.
+    #[cold]
+    #[inline(never)]
+    fn packet4_aside(&mut self, frame: &mut Frame<'_>, arrival: Arrival) -> Verdict {
+        self.packet4(frame, arrival)
     }
 
     /// A5 for IPv6, A8, then everything else.
@@ -475,7 +482,7 @@ impl Engine {
             Some(head) => {
                 let mut frame = Frame::whole(head);
                 match A::FAMILY {
-                    Family::Ipv4 => self.packet4(&mut frame, arrival),
+                    Family::Ipv4 => self.packet4_aside(&mut frame, arrival),
                     Family::Ipv6 => self.packet6(&mut frame, arrival),
                 }
             }
@@ -522,6 +529,11 @@ impl Engine {
             }
             Verdict::Held => {}
         }
+    }
+
+    /// Whether [`Self::next_generated`] has a frame.
+    pub fn has_generated(&self) -> bool {
+        !self.core.outbox.is_empty()
     }
 
     /// Takes the oldest frame that the engine made. Call until `None` after every batch and tick.

@@ -3,10 +3,12 @@
 //! A client's query is remembered for a few seconds; only an answer to it teaches anything, once. What
 //! was learned belongs to one client address and one name.
 
-use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 use core::net::IpAddr;
 
+use litemap::LiteMap;
+
+use super::Changed;
 use super::record::AddressPool;
 use crate::frame::Time;
 
@@ -48,8 +50,8 @@ struct Watched {
 #[derive(Debug, Default)]
 pub(super) struct Learner {
     /// By the address that the client asks from, oldest first.
-    queries: BTreeMap<IpAddr, Vec<Watched>>,
-    learned: BTreeMap<Use, AddressPool>,
+    queries: LiteMap<IpAddr, Vec<Watched>>,
+    learned: LiteMap<Use, AddressPool>,
     /// Addresses in all of `learned`.
     count: usize,
     /// No address expires before this.
@@ -115,25 +117,25 @@ impl Learner {
     /// Forgets what a client address has learned for names other than `records`, which are in order.
     pub(super) fn retain(&mut self, user: IpAddr, records: &[u32]) {
         let stays = |rule: Use| rule.0 != user || records.binary_search(&rule.1).is_ok();
-        self.learned.retain(|&rule, _| stays(rule));
+        self.learned.retain(|rule, _| stays(*rule));
         self.count = self.learned.values().map(AddressPool::len).sum();
-        self.queries.retain(|_, queries| {
+        for (_, queries) in self.queries.iter_mut() {
             queries.retain(|watched| stays(watched.rule));
-            !queries.is_empty()
-        });
+        }
+        self.queries.retain(|_, queries| !queries.is_empty());
     }
 
     /// Forgets addresses whose time has come, and notes whose rules that affects.
-    pub(super) fn expire(&mut self, now: Time, changed: &mut BTreeSet<IpAddr>) {
+    pub(super) fn expire(&mut self, now: Time, changed: &mut Changed) {
         if self.next_expiry.is_none_or(|time| time > now) {
             return;
         }
-        self.learned.retain(|&(user, _), pool| {
+        for ((user, _), pool) in self.learned.iter_mut() {
             if pool.expire(now) {
-                changed.insert(user);
+                changed.insert(*user);
             }
-            !pool.is_empty()
-        });
+        }
+        self.learned.retain(|_, pool| !pool.is_empty());
         self.count = self.learned.values().map(AddressPool::len).sum();
         self.next_expiry = self
             .learned
@@ -148,7 +150,7 @@ impl Learner {
     }
 
     fn count_of(&self, user: IpAddr) -> usize {
-        let pools = self.learned.range((user, 0)..=(user, u32::MAX));
+        let pools = self.learned.iter().filter(|(rule, _)| rule.0 == user);
         pools.map(|(_, pool)| pool.len()).sum()
     }
 }

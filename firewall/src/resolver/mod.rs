@@ -43,10 +43,13 @@ mod name;
 mod random;
 mod record;
 mod tcp;
+mod watch;
 
-use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use litemap::LiteMap;
 
 use crate::frame::Time;
 use crate::rule::{Family, HostName};
@@ -60,6 +63,7 @@ use random::Random;
 use record::{Lookup, Record};
 
 pub use record::Failure;
+pub use watch::{Sight, sight};
 
 /// Most names, each in one family, that are kept.
 pub const MAX_NAMES: usize = 1024;
@@ -163,21 +167,47 @@ pub struct Counters {
 pub struct Resolver {
     random: Random,
     servers: Vec<IpAddr>,
-    records: BTreeMap<u32, Record>,
-    by_name: BTreeMap<(Family, HostName), u32>,
+    records: LiteMap<u32, Record>,
+    by_name: LiteMap<(Family, HostName), u32>,
     next_record: u32,
     /// When which record has something to do.
-    schedule: BTreeSet<(Time, u32)>,
+    schedule: LiteMap<(Time, u32), ()>,
     /// The records of each client address.
-    users: BTreeMap<IpAddr, Vec<u32>>,
+    users: LiteMap<IpAddr, Vec<u32>>,
     /// Names to be looked up as soon as there is a server and room. Some may be gone since.
     queue: VecDeque<u32>,
     exchanges: Vec<Exchange>,
     outgoing: VecDeque<Transmit>,
     /// Client addresses whose rules must be compiled again.
-    changed: BTreeSet<IpAddr>,
+    changed: Changed,
     learner: Option<Learner>,
     counters: Counters,
+}
+
+/// Client addresses whose rules must be compiled again, in order, each once.
+#[derive(Debug, Default)]
+struct Changed(Vec<IpAddr>);
+
+impl Changed {
+    fn insert(&mut self, user: IpAddr) {
+        if let Err(position) = self.0.binary_search(&user) {
+            self.0.insert(position, user);
+        }
+    }
+
+    fn extend(&mut self, users: &[IpAddr]) {
+        for user in users {
+            self.insert(*user);
+        }
+    }
+
+    fn remove(&mut self, user: IpAddr) {
+        self.0.retain(|known| *known != user);
+    }
+
+    fn pop(&mut self) -> Option<IpAddr> {
+        (!self.0.is_empty()).then(|| self.0.remove(0))
+    }
 }
 
 /// The family of the rules for a client address.
@@ -200,15 +230,15 @@ impl Resolver {
         Self {
             random: Random::new(seed),
             servers: Vec::new(),
-            records: BTreeMap::new(),
-            by_name: BTreeMap::new(),
+            records: LiteMap::new(),
+            by_name: LiteMap::new(),
             next_record: 0,
-            schedule: BTreeSet::new(),
-            users: BTreeMap::new(),
+            schedule: LiteMap::new(),
+            users: LiteMap::new(),
             queue: VecDeque::new(),
             exchanges: Vec::new(),
             outgoing: VecDeque::new(),
-            changed: BTreeSet::new(),
+            changed: Changed::default(),
             learner: learn.then(Learner::default),
             counters: Counters::default(),
         }
@@ -283,7 +313,13 @@ impl Resolver {
         if let Some(learner) = &mut self.learner {
             learner.retain(user, &[]);
         }
-        self.changed.remove(&user);
+        self.changed.remove(user);
+    }
+
+    /// The record of a name, if there is one.
+    fn key_of(&self, family: Family, name: &HostName) -> Option<u32> {
+        let key = |known: &(Family, HostName)| (known.0, &known.1).cmp(&(family, name));
+        self.by_name.get_by(key).copied()
     }
 
     fn use_name(
@@ -293,7 +329,7 @@ impl Resolver {
         user: IpAddr,
         now: Time,
     ) -> Option<u32> {
-        if let Some(&key) = self.by_name.get(&(family, name.clone())) {
+        if let Some(key) = self.key_of(family, name) {
             let record = self.records.get_mut(&key)?;
             if !record.users.contains(&user) {
                 record.users.push(user);
@@ -353,13 +389,13 @@ impl Resolver {
         }
         record.scheduled_at = record.wake_at();
         if let Some(new) = record.scheduled_at {
-            self.schedule.insert((new, key));
+            self.schedule.insert((new, key), ());
         }
     }
 
     /// Does what is due. Call at [`Self::next_deadline`], and after anything else here was called.
     pub fn poll(&mut self, now: Time) {
-        while let Some(&(time, key)) = self.schedule.first()
+        while let Some((&(time, key), ())) = self.schedule.first()
             && time <= now
         {
             self.wake(key, now);
@@ -385,7 +421,7 @@ impl Resolver {
     /// When [`Self::poll`] next has something to do.
     pub fn next_deadline(&self) -> Option<Time> {
         let exchanges = self.exchanges.iter().map(Exchange::deadline).min();
-        let schedule = self.schedule.first().map(|&(time, _)| time);
+        let schedule = self.schedule.first().map(|(&(time, _), ())| time);
         let learned = self.learner.as_ref().and_then(Learner::next_expiry);
         [exchanges, schedule, learned].into_iter().flatten().min()
     }
@@ -395,10 +431,15 @@ impl Resolver {
         self.outgoing.pop_front()
     }
 
+    /// Whether [`Self::next_transmit`] has a packet.
+    pub fn has_transmit(&self) -> bool {
+        !self.outgoing.is_empty()
+    }
+
     /// The next client address whose rules must be compiled again, because its names stand for something
     /// else now.
     pub fn next_changed(&mut self) -> Option<IpAddr> {
-        self.changed.pop_first()
+        self.changed.pop()
     }
 
     /// Forgets what is no longer good in one record, and queues it for its lookup if that is due.
@@ -407,7 +448,7 @@ impl Resolver {
             return;
         };
         if record.expire(now) {
-            self.changed.extend(record.users.iter().copied());
+            self.changed.extend(&record.users);
         }
         if matches!(record.lookup, Lookup::At(time) if time <= now) {
             record.lookup = Lookup::Queued;
@@ -452,7 +493,8 @@ impl Resolver {
     }
 
     /// Takes the UDP datagram or TCP segment, with its header and a checksum that was verified, that
-    /// `server` has sent to our address. Returns whether it was for us.
+    /// `server` has sent to our address. Returns whether it was used; a packet that answers nothing may
+    /// still belong to a client whose translated port is the same.
     pub fn receive(
         &mut self,
         server: IpAddr,
@@ -489,7 +531,7 @@ impl Resolver {
             }
         }
         self.counters.unexpected += u64::from(is_ours);
-        is_ours
+        false
     }
 
     /// Takes the result out of an exchange, if it has come to one; returns whether it has.
@@ -509,7 +551,7 @@ impl Resolver {
                     None => NO_DATA_TTL_SECS,
                 };
                 if record.succeed(&found.addresses, ttl, now) {
-                    self.changed.extend(record.users.iter().copied());
+                    self.changed.extend(&record.users);
                 }
                 // Up to a tenth early, so that names do not stay in step.
                 ttl * 900 + self.random.below(ttl * 100)
@@ -616,13 +658,15 @@ impl Resolver {
 
     /// Every name, for people to see.
     pub fn names(&self) -> impl Iterator<Item = NameView<'_>> {
-        self.records.values().map(|record| NameView {
-            name: &record.name,
-            family: record.family,
-            state: state_of(record),
-            addresses: record.pool.len(),
-            failure: record.failure,
-        })
+        self.records.values().map(Record::view)
+    }
+
+    /// The names in the rules of a client address that found room, each once.
+    pub fn names_of(&self, user: IpAddr) -> impl Iterator<Item = NameView<'_>> {
+        let keys = self.users.get(&user).map_or(&[][..], Vec::as_slice);
+        keys.iter()
+            .filter_map(|key| self.records.get(key))
+            .map(Record::view)
     }
 
     /// What the resolver has done.
@@ -639,6 +683,18 @@ const fn state_of(record: &Record) -> HostState {
     }
 }
 
+impl Record {
+    fn view(&self) -> NameView<'_> {
+        NameView {
+            name: &self.name,
+            family: self.family,
+            state: state_of(self),
+            addresses: self.pool.len(),
+            failure: self.failure,
+        }
+    }
+}
+
 /// What names stand for in the rules of one client address: what we have found out, and what the client
 /// has learned.
 #[derive(Clone, Copy, Debug)]
@@ -650,14 +706,14 @@ pub struct UserHosts<'a> {
 impl UserHosts<'_> {
     fn visit(&self, family: Family, name: &HostName, each: &mut dyn FnMut(IpAddr)) -> HostState {
         let resolver = self.resolver;
-        let key = resolver.by_name.get(&(family, name.clone()));
-        let record = key.and_then(|key| resolver.records.get(key));
+        let key = resolver.key_of(family, name);
+        let record = key.and_then(|key| resolver.records.get(&key));
         let (Some(key), Some(record)) = (key, record) else {
             return HostState::Unresolved;
         };
         record.pool.iter().for_each(&mut *each);
         if let Some(learner) = &resolver.learner {
-            learner.addresses((self.user, *key)).for_each(each);
+            learner.addresses((self.user, key)).for_each(each);
         }
         state_of(record)
     }

@@ -932,7 +932,7 @@ proptest! {
             for (key, record) in &resolver.records {
                 prop_assert_eq!(record.scheduled_at, record.wake_at());
                 let is_scheduled =
-                    record.scheduled_at.is_none_or(|time| resolver.schedule.contains(&(time, *key)));
+                    record.scheduled_at.is_none_or(|time| resolver.schedule.contains_key(&(time, *key)));
                 prop_assert!(is_scheduled && !record.users.is_empty());
             }
             let scheduled = resolver.records.values().filter(|r| r.scheduled_at.is_some()).count();

@@ -2,29 +2,40 @@
 //!
 //! Rules are painted in order, each only over numbers that nothing has painted yet, so a number ends
 //! up with the first rule that covers it. The unpainted gaps are kept as disjoint ranges; painting a
-//! range replaces each gap it meets by at most two smaller ones, so the total work is proportional to
-//! the number of rules, times a logarithm, however their ranges overlap.
+//! range replaces each gap it meets by at most two smaller ones, so the number of steps is proportional to
+//! the number of rules, however their ranges overlap.
 
-use alloc::collections::BTreeMap;
+use alloc::vec;
+use alloc::vec::Vec;
 
 use super::compile::Budget;
 use super::outcome::Outcome;
 
+/// Entries that move aside for the price of one unit of work, when one is inserted before them.
+const MOVED_PER_UNIT: usize = 1024;
+
 /// Numbers partly painted with outcomes.
+///
+/// Both lists are in descending order of the number that comes first in each entry: the lowest is taken off the end.
 #[derive(Debug, Default)]
 pub(super) struct Painter {
     /// First and last number of every gap. Disjoint.
-    gaps: BTreeMap<u16, u16>,
-    /// First number of every painted range. A range ends where the next one or the next gap begins.
-    painted: BTreeMap<u16, Outcome>,
+    gaps: Vec<(u16, u16)>,
+    /// First number and outcome (as bits) of every painted range. A range ends where the next one or the next gap begins.
+    painted: Vec<(u16, u16)>,
+}
+
+/// Where in a descending list the first entry is that begins at `number` or below.
+fn place(list: &[(u16, u16)], number: u16) -> usize {
+    list.partition_point(|(start, _)| *start > number)
 }
 
 impl Painter {
     /// A line of numbers from 0 to `last`, nothing painted.
     pub(super) fn new(last: u16) -> Self {
         Self {
-            gaps: BTreeMap::from([(0, last)]),
-            painted: BTreeMap::new(),
+            gaps: vec![(0, last)],
+            painted: Vec::new(),
         }
     }
 
@@ -45,32 +56,41 @@ impl Painter {
     ) -> bool {
         while budget.spend() {
             // Gaps are taken from the right, so that what is left of one is never met again.
-            let gap = self.gaps.range(..=last).next_back();
-            let Some((&start, &end)) = gap.filter(|&(_, &end)| end >= first) else {
+            let at = place(&self.gaps, last);
+            let gap = self.gaps.get(at).copied();
+            let Some((start, end)) = gap.filter(|(_, end)| *end >= first) else {
                 return true;
             };
-            self.gaps.remove(&start);
+            self.gaps.remove(at);
             if start < first {
-                self.gaps.insert(start, first - 1);
+                self.gaps.insert(at, (start, first - 1));
             }
             if end > last {
-                self.gaps.insert(last + 1, end);
+                self.gaps.insert(at, (last + 1, end));
             }
-            self.painted.insert(start.max(first), outcome);
+            let start = start.max(first);
+            let at_painted = place(&self.painted, start);
+            self.painted.insert(at_painted, (start, outcome.to_bits()));
+            let moved = self.gaps.len() - at + self.painted.len() - at_painted;
+            for _ in 0..moved / MOVED_PER_UNIT {
+                budget.spend();
+            }
         }
         false
     }
 
     /// Takes the range with the lowest numbers off the line: its first number and its outcome.
     pub(super) fn take_first(&mut self) -> Option<(u16, Outcome)> {
-        let gap = self.gaps.first_key_value().map(|(&start, _)| start);
-        let painted = self.painted.first_key_value().map(|(&start, _)| start);
+        let gap = self.gaps.last().map(|(start, _)| *start);
+        let painted = self.painted.last().map(|(start, _)| *start);
         match (gap, painted) {
-            (Some(gap), Some(painted)) if gap > painted => self.painted.pop_first(),
-            (None, _) => self.painted.pop_first(),
-            (Some(start), _) => {
-                self.gaps.pop_first();
+            (Some(start), painted) if painted.is_none_or(|painted| painted >= start) => {
+                self.gaps.pop();
                 Some((start, Outcome::NONE))
+            }
+            _ => {
+                let (start, bits) = self.painted.pop()?;
+                Some((start, Outcome::from_bits(bits)))
             }
         }
     }

@@ -48,6 +48,14 @@ pub struct Setup {
     pub options: Options,
 }
 
+/// How long it took to become ready for clients.
+#[derive(Clone, Copy, Debug)]
+struct Readiness {
+    after_entry: Duration,
+    /// Of that, how long the domain had the processor: the rest it waited for dom0, or while dom0 ran.
+    running: Duration,
+}
+
 /// How the loop goes on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Step {
@@ -71,7 +79,7 @@ pub struct Firewall {
     setup: Setup,
     heap: HeapUse,
     pace: Option<Pace>,
-    ready: Option<Time>,
+    ready: Option<Readiness>,
     end: Option<Shutdown>,
 }
 
@@ -199,13 +207,17 @@ impl Firewall {
             }
             Event::Config(event) => self.data.filter.change(event, filter_time(now)),
             Event::Control(ControlEvent::Identity { name, .. }) => {
-                self.ready = Some(hv.refresh_time());
-                let took = hv.now().since(self.setup.started);
+                let after_entry = hv.refresh_time().since(self.setup.started);
+                let running = hv.running_time().unwrap_or(after_entry);
                 log::info!(
-                    "ready for clients as {name:?}, {}.{:03} ms after entry",
-                    took.as_millis(),
-                    took.as_micros() % 1000
+                    "ready for clients as {name:?} after {} us of processor time, {} us after entry",
+                    running.as_micros(),
+                    after_entry.as_micros()
                 );
+                self.ready = Some(Readiness {
+                    after_entry,
+                    running,
+                });
             }
             Event::Control(ControlEvent::Shutdown(end)) => {
                 log::info!("dom0 asks for {end:?}");
@@ -272,13 +284,12 @@ impl Firewall {
                 .unwrap_or(u64::MAX)
                 .saturating_mul(4096)
         };
-        let after_start = |time: Time| {
-            u64::try_from(time.since(self.setup.started).as_nanos()).unwrap_or(u64::MAX)
-        };
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         Snapshot {
             release: Cow::Borrowed(env!("CARGO_PKG_VERSION")),
-            uptime_nanos: after_start(now),
-            ready_nanos: self.ready.map_or(0, after_start),
+            uptime_nanos: nanos(now.since(self.setup.started)),
+            ready_nanos: self.ready.map_or(0, |ready| nanos(ready.after_entry)),
+            ready_running_nanos: self.ready.map_or(0, |ready| nanos(ready.running)),
             source: Cow::Borrowed("xenstore"),
             missing: filter.settings().missing(),
             memory: Memory {

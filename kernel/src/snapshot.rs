@@ -176,6 +176,8 @@ pub struct Snapshot {
     pub uptime_nanos: u64,
     /// Nanoseconds from the first instruction to "ready for clients".
     pub ready_nanos: u64,
+    /// Of that, nanoseconds in which the domain had the processor; the rest is waiting.
+    pub ready_running_nanos: u64,
     /// Where the configuration comes from: `xenstore` or `qubesdb`.
     pub source: Cow<'static, str>,
     /// Settings that are missing and waited for.
@@ -300,6 +302,7 @@ pub(crate) mod tests {
             release: "0.1.0".into(),
             uptime_nanos: 3_725_000_000_000,
             ready_nanos: 4_200_000,
+            ready_running_nanos: 2_100_000,
             source: "xenstore".into(),
             missing: vec![],
             memory: Memory {

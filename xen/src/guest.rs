@@ -365,6 +365,11 @@ impl Hypervisor for Guest {
         self.clock.refresh(self.shared.page())
     }
 
+    fn running_time(&self) -> Option<Duration> {
+        let [running, ..] = hypercall::runstate().ok()?.time;
+        Some(Duration::from_nanos(running))
+    }
+
     fn allocate(&mut self) -> Option<Page> {
         self.pool.allocate()
     }

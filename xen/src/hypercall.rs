@@ -26,6 +26,7 @@ use crate::abi::memory::{
 use crate::abi::sched::{
     SCHEDOP_poll, SCHEDOP_shutdown, SCHEDOP_yield, sched_poll, sched_shutdown,
 };
+use crate::abi::vcpu::{HYPERVISOR_VCPU_OP, RunstateInfo, VCPUOP_GET_RUNSTATE_INFO};
 use crate::abi::{
     __HYPERVISOR_event_channel_op, __HYPERVISOR_grant_table_op, __HYPERVISOR_hvm_op,
     __HYPERVISOR_memory_op, __HYPERVISOR_multicall, __HYPERVISOR_sched_op, multicall_entry,
@@ -318,6 +319,21 @@ pub(crate) fn poll(ports: &mut [u32], deadline: Option<Time>) -> Result<(), Errn
 pub(crate) fn yield_now() {
     // SAFETY: takes no argument and changes no memory. It cannot fail.
     let _ = unsafe { enter(__HYPERVISOR_sched_op, u64::from(SCHEDOP_yield), 0, 0) };
+}
+
+/// How long processor 0, our only one, has been in which state.
+pub(crate) fn runstate() -> Result<RunstateInfo, Errno> {
+    let mut info = RunstateInfo::default();
+    // SAFETY: the argument is what this command fills in.
+    unsafe {
+        enter(
+            HYPERVISOR_VCPU_OP,
+            u64::from(VCPUOP_GET_RUNSTATE_INFO),
+            0,
+            address(&mut info),
+        )
+    }
+    .map(|_| info)
 }
 
 /// Ends the domain for `reason` (`SHUTDOWN_*`). Returns only when there is no Xen.

@@ -3,6 +3,8 @@
 //! Everything is synchronous and single threaded. Methods take `&mut self`; the kernel owns one value
 //! and lends it to each driver in turn.
 
+use core::time::Duration;
+
 use crate::page::{GrantedPage, MappedPage, Page, Port};
 use crate::types::{DomId, Errno, GrantRef, GrantStatus, PortNumber, Time};
 
@@ -88,6 +90,11 @@ pub trait Hypervisor {
 
     /// Samples the clock again and returns it. May trap (tens of microseconds under emulation).
     fn refresh_time(&mut self) -> Time;
+
+    /// How long the domain has had the processor so far, without the time that it waited for it or slept. Enters Xen.
+    ///
+    /// `None` when Xen does not tell.
+    fn running_time(&self) -> Option<Duration>;
 
     /// Takes a page out of the pool. Its content is unspecified but initialised; never another
     /// domain's secrets that a peer may not see: whoever grants it must clear what it did not write.

@@ -17,6 +17,7 @@ pub(crate) mod memory;
 pub(crate) mod sched;
 pub(crate) mod shared_info;
 pub(crate) mod start_info;
+pub(crate) mod vcpu;
 
 pub(crate) use xen_sys::{
     __HYPERVISOR_event_channel_op, __HYPERVISOR_grant_table_op, __HYPERVISOR_hvm_op,

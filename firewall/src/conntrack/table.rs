@@ -21,6 +21,7 @@
 
 use alloc::boxed::Box;
 use alloc::vec;
+use alloc::vec::Vec;
 
 use super::flow::{Flow, IN_ASSURED_LIST, Key, LIVE, ON_WHEEL, REMAPPED, Ticks};
 use super::index::{Index, Place, Reference};
@@ -44,6 +45,9 @@ const SECOND_CHANCES: u32 = 8;
 
 /// What lately means: about a minute.
 const RECENT: u32 = 224;
+
+/// Entries that come into use at a time.
+const GROWTH: u32 = 32;
 
 /// A list of flows, oldest first.
 #[derive(Clone, Copy, Debug)]
@@ -72,7 +76,9 @@ pub(crate) struct NoRoom;
 /// The table.
 #[derive(Debug)]
 pub(crate) struct FlowTable<A: Address> {
-    flows: Box<[Flow<A>]>,
+    /// Grows within what was allocated at the start, so that memory is not touched before it is needed.
+    flows: Vec<Flow<A>>,
+    capacity: u32,
     index: Index,
     key: HashKey,
     free: u32,
@@ -106,8 +112,9 @@ impl<A: Address> FlowTable<A> {
             assured: EMPTY,
             flows: 0,
         };
-        let mut table = Self {
-            flows: vec![Flow::default(); as_index(capacity)].into_boxed_slice(),
+        Self {
+            flows: Vec::with_capacity(as_index(capacity)),
+            capacity,
             index: Index::new(capacity),
             key,
             free: NONE,
@@ -121,11 +128,7 @@ impl<A: Address> FlowTable<A> {
             started: false,
             removals: 0,
             mappings: Mappings::new(capacity / 32 + 16, mapping_key),
-        };
-        for number in (0..capacity).rev() {
-            table.put_free(number);
         }
-        table
     }
 
     /// Flows that are in the table, overdue ones that were not found yet included.
@@ -134,13 +137,13 @@ impl<A: Address> FlowTable<A> {
     }
 
     /// How many flows fit.
-    pub(crate) fn capacity(&self) -> u32 {
-        u32::try_from(self.flows.len()).unwrap_or(MAX_FLOWS)
+    pub(crate) const fn capacity(&self) -> u32 {
+        self.capacity
     }
 
     /// Bytes of memory, everything included.
     pub(crate) fn bytes(&self) -> usize {
-        size_of_val::<[Flow<A>]>(&self.flows)
+        as_index(self.capacity) * size_of::<Flow<A>>()
             + self.index.bytes()
             + size_of_val::<[Owner]>(&self.owners)
             + size_of_val::<[u32]>(&self.slots)
@@ -238,6 +241,9 @@ impl<A: Address> FlowTable<A> {
         [original, reply]: [Place; 2],
         now: Ticks,
     ) -> Result<(u32, bool), NoRoom> {
+        if self.free == NONE {
+            self.grow();
+        }
         let evicted = self.free == NONE;
         if evicted && !self.evict(flow.owner, now) {
             return Err(NoRoom);
@@ -325,10 +331,18 @@ impl<A: Address> FlowTable<A> {
             owner.assured = EMPTY;
             owner.flows = 0;
         }
-        for number in (0..self.capacity()).rev() {
-            if let Some(flow) = self.get_mut(number) {
-                *flow = Flow::default();
+        self.flows.clear();
+    }
+
+    /// Brings some more of the entries that were never used into use.
+    #[cold]
+    fn grow(&mut self) {
+        for _ in 0..GROWTH {
+            let number = u32::try_from(self.flows.len()).unwrap_or(NONE);
+            if number >= self.capacity {
+                break;
             }
+            self.flows.push(Flow::default());
             self.put_free(number);
         }
     }

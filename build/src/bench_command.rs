@@ -163,8 +163,9 @@ fn print_engine(rows: &[EngineRow]) {
 
 /// Measures transfers with and without a firewall in the middle.
 fn transfers(workspace: &Workspace, screen: &Screen, linux: bool) -> Result<Vec<Transfer>> {
-    let image = image::prepare(workspace, screen, Variant::Normal)?;
+    // A missing tool is said before minutes are spent on building.
     let base = Base::prepare(workspace, screen, false)?;
+    let image = image::prepare(workspace, screen, Variant::Normal)?;
     let mut kinds = vec![
         ("no firewall", FirewallKind::None),
         ("Portcullis", FirewallKind::Image(image.path)),

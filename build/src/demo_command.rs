@@ -49,8 +49,9 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &DemoArguments) ->
     if !arguments.json {
         draw(arguments.memory);
     }
-    let image = image::prepare(workspace, screen, Variant::Normal)?;
+    // A missing tool is said before minutes are spent on building.
     let base = Base::prepare(workspace, screen, false)?;
+    let image = image::prepare(workspace, screen, Variant::Normal)?;
     let mut topology = Topology::new(FirewallKind::Image(image.path.clone()), CLIENTS);
     topology.firewall.memory_mib = arguments.memory;
     let options = WorldOptions {

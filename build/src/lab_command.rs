@@ -14,8 +14,10 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use rustyline::error::ReadlineError;
 
+use crate::assets;
 use crate::host::Unusable;
 use crate::image::{self, Variant};
+use crate::lab::double::Double;
 use crate::lab::link::{Job, Link, Progress};
 use crate::lab::machine::MachineOptions;
 use crate::lab::topology::{FirewallKind, Topology};
@@ -77,6 +79,9 @@ enum Action {
         #[arg(default_value = "")]
         filter: String,
     },
+    /// Has dom0's double talk to itself over Xen's devices
+    #[command(hide = true)]
+    Loopback,
     /// Runs one command in dom0 (or a guest) of a lab and ends with its exit status
     #[command(hide = true)]
     Exec {
@@ -123,6 +128,15 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &LabArguments) -> 
         let lab = Lab::start(&base, screen, lab)?;
         return stream(lab.dom0().start(&command.join(" "), COMMAND)?);
     }
+    if let Some(Action::Loopback) = &arguments.action {
+        let program = assets::build_double(workspace, screen)?;
+        let lab = Lab::start(&base, screen, lab)?;
+        Double::install(&lab, &program)?;
+        for line in Double::loopback(&lab)? {
+            println!("{line}");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let kind = match arguments.firewall {
         Firewall::Image => FirewallKind::Image(image(workspace, screen, arguments)?),
         Firewall::Linux => FirewallKind::Linux,
@@ -147,7 +161,7 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &LabArguments) -> 
             true => ExitCode::SUCCESS,
             false => ExitCode::FAILURE,
         }),
-        None => interact(&world).map(|()| ExitCode::SUCCESS),
+        Some(Action::Loopback) | None => interact(&world).map(|()| ExitCode::SUCCESS),
     }
 }
 

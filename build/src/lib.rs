@@ -3,7 +3,8 @@
 //! Everything here runs on the developer's machine. The library exists so that
 //! commands and scenarios share one lab; its parts, from the bottom up:
 //! [`workspace`] and [`host`] know this clone and this machine, [`assets`] makes
-//! what the lab boots, [`lab`] runs it; [`image`] builds what all this is for.
+//! what the lab boots, [`lab`] runs it; [`image`] builds what all this is for, and
+//! [`package`] makes of it what dom0 takes.
 #![forbid(unsafe_code)]
 
 pub mod assets;
@@ -16,6 +17,7 @@ pub mod lab;
 pub mod lab_check;
 pub mod lab_command;
 pub mod observe;
+pub mod package;
 pub mod scenario;
 pub mod screen;
 pub mod test_command;

@@ -9,6 +9,7 @@ use xtask::demo_command::{self, DemoArguments};
 use xtask::host::Unusable;
 use xtask::image::{self, ImageArguments};
 use xtask::lab_command::{self, LabArguments};
+use xtask::package::{self, PackageArguments};
 use xtask::screen::{BAD, Screen, paint};
 use xtask::test_command::{self, TestArguments};
 use xtask::workspace::Workspace;
@@ -39,6 +40,8 @@ enum Command {
     Bench(BenchArguments),
     /// Builds the bootable image and says what it is.
     Image(ImageArguments),
+    /// Makes what a Qubes user carries into dom0: kernel, installer, Salt state, one archive.
+    Package(PackageArguments),
     /// Boots Xen in QEMU with a firewall and clients, and gives you its dom0 shell.
     Lab(LabArguments),
 }
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test_command::run(&workspace, &screen, arguments),
         Command::Bench(arguments) => bench_command::run(&workspace, &screen, arguments),
         Command::Image(arguments) => image::run(&workspace, &screen, arguments),
+        Command::Package(arguments) => package::run(&workspace, &screen, arguments),
         Command::Lab(arguments) => lab_command::run(&workspace, &screen, arguments),
     });
     match outcome {

@@ -14,6 +14,7 @@ use crate::lab::topology::{FirewallKind, Topology};
 use crate::lab::world::{LabWorld, WorldOptions};
 use crate::lab::{Base, LabOptions};
 use crate::observe::snapshot;
+use crate::package;
 use crate::scenario::{Outcome, Report};
 use crate::screen::Screen;
 use crate::workspace::Workspace;
@@ -138,6 +139,29 @@ impl Run<'_> {
         if self.wants("image-reproducible") {
             self.reproducible();
         }
+        if self.wants("package") {
+            self.package();
+        }
+    }
+
+    /// Makes the package twice in different folders and compares the archives.
+    fn package(&mut self) {
+        let (workspace, screen) = (self.workspace, self.screen);
+        self.report.check("host", "package", || {
+            let [first, second] = ["once", "again"].map(|folder| {
+                let package = package::of_clone(workspace, &screen.silenced())?;
+                package.write(&workspace.target().join("package").join(folder))
+            });
+            let (first, second) = (first?, second?);
+            must(first.sha256 == second.sha256, || {
+                format!("{} once, {} again", first.sha256, second.sha256)
+            })?;
+            let bytes = std::fs::metadata(&first.archive)?.len();
+            Ok(vec![
+                format!("{bytes} bytes, sha256 {} twice", first.sha256),
+                shellcheck(&first.folder.join("install.sh"))?,
+            ])
+        });
     }
 
     /// Runs a component of the toolchain that may be missing; then the check is skipped.
@@ -409,6 +433,16 @@ fn crash_and_read(world: &mut LabWorld) -> Result<Vec<String>> {
         world.start_firewall()?;
     }
     Ok(seen)
+}
+
+/// Has shellcheck read a script; a machine without it is no failure.
+fn shellcheck(script: &Path) -> Result<String> {
+    let Ok(output) = Command::new("shellcheck").arg(script).output() else {
+        return Ok("the installer was not checked: there is no shellcheck here".into());
+    };
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    must(output.status.success(), || said)?;
+    Ok("shellcheck has no objection to the installer".into())
 }
 
 /// What a run of cargo said.

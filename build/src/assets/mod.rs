@@ -206,24 +206,38 @@ fn package_of(selection: &Selection) -> Result<About> {
     }
 }
 
-/// Builds the helper program, static, for the guests.
+/// Builds the helper program of dom0 and the guests.
 fn build_agent(workspace: &Workspace, screen: &Screen) -> Result<PathBuf> {
+    build_static(workspace, screen, "lab-agent", "lab")
+}
+
+/// Builds the double of dom0's Qubes daemons. It is in no archive, so that a change of it costs no new snapshot: who
+/// wants it puts it into dom0.
+///
+/// # Errors
+///
+/// If it does not compile.
+pub fn build_double(workspace: &Workspace, screen: &Screen) -> Result<PathBuf> {
+    let _lock = workspace.lock_cache()?;
+    build_static(workspace, screen, "dom0-double", "dom0-double")
+}
+
+/// Builds a program without shared libraries.
+fn build_static(
+    workspace: &Workspace,
+    screen: &Screen,
+    package: &str,
+    name: &str,
+) -> Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     let folder = workspace.lab("agent");
-    let program = folder.join(TARGET).join("release/lab");
-    let step = (!program.is_file()).then(|| screen.step("Building the guests' agent"));
+    let program = folder.join(TARGET).join("release").join(name);
+    let step = (!program.is_file()).then(|| screen.step(format!("Building {package} for the lab")));
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     // A target folder of its own: other flags would rebuild everything else.
     output_of(
         Command::new(cargo)
-            .args([
-                "build",
-                "--quiet",
-                "--release",
-                "--locked",
-                "-p",
-                "lab-agent",
-            ])
+            .args(["build", "--quiet", "--release", "--locked", "-p", package])
             .args(["--target", TARGET, "--target-dir"])
             .arg(&folder)
             .env(
@@ -233,7 +247,7 @@ fn build_agent(workspace: &Workspace, screen: &Screen) -> Result<PathBuf> {
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .current_dir(workspace.root()),
     )
-    .context("cannot build the agent")?;
+    .with_context(|| format!("cannot build {package}"))?;
     if let Some(step) = step {
         step.done("");
     }

@@ -19,6 +19,7 @@
 
 pub mod console;
 pub mod domain;
+pub mod double;
 pub mod internet;
 pub mod link;
 mod linux_firewall;

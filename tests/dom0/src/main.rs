@@ -2,6 +2,7 @@
 //!
 //! `dom0-double --domid N [--greeting 3|4|echo] --scenario FILE` carries a scenario out and ends. With `--socket PATH`
 //! instead it keeps both daemons running, and each `dom0-double --send PATH FILE` carries a scenario out there.
+//! `dom0-double --loopback` needs no VM: it has dom0 talk to itself, to see that Xen's devices are used rightly.
 //!
 //! Every statement that is done prints a line `did …`. The last line is one of `SUCCESS`, `FAILURE …` (the firewall
 //! did something wrong) and `ERROR …` (the double or the lab did); the exit codes are 0, 1 and 2.
@@ -18,6 +19,7 @@ use std::time::Duration;
 
 use dom0_double::dom0::Dom0;
 use dom0_double::linux::channels::{LinuxChannel, LinuxChannels};
+use dom0_double::linux::loopback;
 use dom0_double::qrexec::Greeting;
 use dom0_double::scenario::{Progress, Runner, Scenario};
 use xen::DomId;
@@ -26,6 +28,7 @@ const HELP: &str = "\
 dom0-double --domid N [--greeting 3|4|echo] --scenario FILE   carry a scenario out
 dom0-double --domid N [--greeting 3|4|echo] --socket PATH     keep dom0's daemons running
 dom0-double --send PATH FILE                                  carry a scenario out there
+dom0-double --loopback                                        have dom0 talk to itself over every size of ring
 ";
 
 /// How long to sleep at most: deadlines of the daemons are whole seconds.
@@ -62,6 +65,7 @@ struct Arguments {
     scenario: Option<PathBuf>,
     socket: Option<PathBuf>,
     send: Option<PathBuf>,
+    loopback: bool,
 }
 
 fn arguments() -> Result<Arguments, lexopt::Error> {
@@ -73,6 +77,7 @@ fn arguments() -> Result<Arguments, lexopt::Error> {
         scenario: None,
         socket: None,
         send: None,
+        loopback: false,
     };
     while let Some(argument) = parser.next()? {
         match argument {
@@ -86,6 +91,7 @@ fn arguments() -> Result<Arguments, lexopt::Error> {
             Long("scenario") => all.scenario = Some(parser.value()?.into()),
             Long("socket") => all.socket = Some(parser.value()?.into()),
             Long("send") => all.send = Some(parser.value()?.into()),
+            Long("loopback") => all.loopback = true,
             Value(file) => all.scenario = Some(file.into()),
             other => return Err(other.unexpected()),
         }
@@ -108,6 +114,15 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> io::Result<Verdict> {
     if let (Some(socket), Some(file)) = (&arguments.send, &arguments.scenario) {
         return send(socket, file);
+    }
+    if arguments.loopback {
+        return match loopback::check(&mut LinuxChannels::open()?) {
+            Ok(lines) => {
+                lines.iter().for_each(|line| println!("did {line}"));
+                Ok(Verdict::Success)
+            }
+            Err(error) => Ok(Verdict::Error(error)),
+        };
     }
     let Some(domid) = arguments.domid else {
         eprint!("{HELP}");

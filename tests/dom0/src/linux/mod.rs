@@ -6,6 +6,7 @@
 //! | [`ring`] | the byte rings, written a second time, with atomic instructions as in the reference |
 //! | [`xenstore`] | a few blocking requests on xenstored's socket |
 //! | [`channels`] | both roles behind [`qubes::vchan::Channels`] |
+//! | [`loopback`] | dom0 talks to itself, to see that the devices are used rightly |
 //!
 //! Needs `/dev/xen/evtchn`, `/dev/xen/gntdev`, `/dev/xen/gntalloc` and xenstored's socket, as root.
 //!
@@ -13,5 +14,6 @@
 
 pub mod channels;
 pub mod device;
+pub mod loopback;
 pub mod ring;
 pub mod xenstore;

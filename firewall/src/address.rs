@@ -4,7 +4,6 @@ use core::fmt::Debug;
 use core::hash::Hash;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::frame::Mac;
 use crate::hash::HashKey;
 use crate::rule::Family;
 use crate::ruleset::{CompiledRules, Decision, UpperLayer};
@@ -39,6 +38,8 @@ pub(crate) trait Address: Copy + Debug + Default + Eq + Hash + Ord + 'static {
     fn sum(self) -> u64;
     /// The hash of a flow key.
     fn key_hash(key: &HashKey, src: Self, dst: Self, ports: u32, protocol: u8) -> u64;
+    /// Whether both addresses are the same.
+    fn same_pair(a: (Self, Self), b: (Self, Self)) -> bool;
     /// Multicast or limited broadcast.
     fn is_group(self) -> bool;
     /// Unspecified, loopback, or otherwise never on a wire; groups not included.
@@ -62,19 +63,6 @@ pub(crate) trait Address: Copy + Debug + Default + Eq + Hash + Ord + 'static {
         head: &mut [u8],
         header_len: u16,
     ) -> Option<(&mut [u8; ethernet::HEADER], &mut Self::Header, &mut [u8])>;
-    /// Ethernet header and fixed IP header.
-    type Front;
-    /// Takes the front off the head of a frame.
-    fn split_front(head: &mut [u8]) -> Option<(&mut Self::Front, &mut [u8])>;
-    /// Reads the front of a packet without options, extension headers or fragmentation, if it is one
-    /// and nothing is wrong with it.
-    fn peek(front: &Self::Front, frame_len: u32) -> Option<Plain<Self>>;
-    /// The upper-layer protocol, if the header has neither options nor extensions.
-    fn upper(front: &Self::Front) -> u8;
-    /// The destination's Ethernet address.
-    fn destination_mac(front: &Self::Front) -> &Mac;
-    /// The two parts of the front.
-    fn parts(front: &mut Self::Front) -> Option<(&mut [u8; ethernet::HEADER], &mut Self::Header)>;
     /// Turns a header into that of an answer of ours; the caller completes its checksum.
     fn write_reply(header: &mut Self::Header, src: Self, dst: Self);
     /// Source, destination, protocol and header length of a packet of which only the start may be
@@ -85,17 +73,6 @@ pub(crate) trait Address: Copy + Debug + Default + Eq + Hash + Ord + 'static {
     fn write_quoted(packet: &mut [u8], src: Self, dst: Self, delta: u16);
     /// Writes the header of a packet of ours to the start of `packet`.
     fn write_header(packet: &mut [u8], src: Self, dst: Self, number: u8, payload: u16, ttl: u8);
-}
-
-/// The network layer of a packet with nothing unusual about it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Plain<A> {
-    pub(crate) src: A,
-    pub(crate) dst: A,
-    pub(crate) protocol: u8,
-    pub(crate) ttl: u8,
-    /// Bytes of transport header and payload.
-    pub(crate) transport_len: u32,
 }
 
 /// The change of an IPv4 header's sum when the time to live goes down by one: minus 0x0100.
@@ -127,8 +104,14 @@ impl Address for V4 {
     fn key_hash(key: &HashKey, src: Self, dst: Self, ports: u32, protocol: u8) -> u64 {
         let addresses = u64::from(src) << 32 | u64::from(dst);
         // 13 bytes: two addresses, two ports, one protocol.
-        let tail = u64::from(ports) | u64::from(protocol) << 32 | 13 << 56;
+        let tail = u64::from(ports) | u64::from(u32::from(protocol) | 13 << 24) << 32;
         key.hash([addresses], tail)
+    }
+
+    #[inline(always)]
+    fn same_pair(a: (Self, Self), b: (Self, Self)) -> bool {
+        let joined = |(src, dst)| u64::from(src) << 32 | u64::from(dst);
+        joined(a) == joined(b)
     }
 
     #[inline]
@@ -178,47 +161,6 @@ impl Address for V4 {
         let (header, rest) = rest.split_first_chunk_mut()?;
         let options = usize::from(header_len).checked_sub(20)?;
         Some((ethernet, header, rest.get_mut(options..)?))
-    }
-
-    type Front = [u8; 34];
-
-    #[inline(always)]
-    fn split_front(head: &mut [u8]) -> Option<(&mut [u8; 34], &mut [u8])> {
-        head.split_first_chunk_mut()
-    }
-
-    #[inline(always)]
-    fn peek(front: &[u8; 34], frame_len: u32) -> Option<Plain<Self>> {
-        let total_len = u32::from(u16::from_be_bytes([front[16], front[17]]));
-        let fragment = u16::from_be_bytes([front[20], front[21]]) & 0x3fff;
-        let header: &[u8; 20] = front.last_chunk()?;
-        let plain = front[14] == 0x45
-            && fragment == 0
-            && (20..=frame_len.wrapping_sub(14)).contains(&total_len)
-            && checksum::header_is_right(header);
-        plain.then(|| Plain {
-            src: u32::from_be_bytes([front[26], front[27], front[28], front[29]]),
-            dst: u32::from_be_bytes([front[30], front[31], front[32], front[33]]),
-            protocol: front[23],
-            ttl: front[22],
-            transport_len: total_len - 20,
-        })
-    }
-
-    #[inline(always)]
-    fn upper(front: &[u8; 34]) -> u8 {
-        front[23]
-    }
-
-    #[inline(always)]
-    fn destination_mac(front: &[u8; 34]) -> &Mac {
-        front.first_chunk().unwrap_or(&[0; 6])
-    }
-
-    #[inline(always)]
-    fn parts(front: &mut [u8; 34]) -> Option<(&mut [u8; 14], &mut [u8; 20])> {
-        let (ethernet, header) = front.split_first_chunk_mut()?;
-        Some((ethernet, header.first_chunk_mut()?))
     }
 
     fn write_reply(header: &mut [u8; 20], src: Self, dst: Self) {
@@ -291,8 +233,13 @@ impl Address for V6 {
     #[inline(always)]
     fn key_hash(key: &HashKey, src: Self, dst: Self, ports: u32, protocol: u8) -> u64 {
         // 37 bytes: two addresses, two ports, one protocol.
-        let tail = u64::from(ports) | u64::from(protocol) << 32 | 37 << 56;
+        let tail = u64::from(ports) | u64::from(u32::from(protocol) | 37 << 24) << 32;
         key.hash([src.0, src.1, dst.0, dst.1], tail)
+    }
+
+    #[inline(always)]
+    fn same_pair(a: (Self, Self), b: (Self, Self)) -> bool {
+        a == b
     }
 
     #[inline]
@@ -339,47 +286,6 @@ impl Address for V6 {
         let (header, rest) = rest.split_first_chunk_mut()?;
         let extensions = usize::from(header_len).checked_sub(40)?;
         Some((ethernet, header, rest.get_mut(extensions..)?))
-    }
-
-    type Front = [u8; 54];
-
-    #[inline(always)]
-    fn split_front(head: &mut [u8]) -> Option<(&mut [u8; 54], &mut [u8])> {
-        head.split_first_chunk_mut()
-    }
-
-    #[inline(always)]
-    fn peek(front: &[u8; 54], frame_len: u32) -> Option<Plain<Self>> {
-        let payload_len = u32::from(u16::from_be_bytes([front[18], front[19]]));
-        let (_, addresses) = front.split_at(22);
-        let (words, _) = addresses.as_chunks::<8>();
-        let plain = front[14] >> 4 == 6
-            && matches!(front[20], protocol::TCP | protocol::UDP)
-            && payload_len + 40 <= frame_len.wrapping_sub(14);
-        let [a, b, c, d] = words else { return None };
-        plain.then(|| Plain {
-            src: V6(u64::from_be_bytes(*a), u64::from_be_bytes(*b)),
-            dst: V6(u64::from_be_bytes(*c), u64::from_be_bytes(*d)),
-            protocol: front[20],
-            ttl: front[21],
-            transport_len: payload_len,
-        })
-    }
-
-    #[inline(always)]
-    fn upper(front: &[u8; 54]) -> u8 {
-        front[20]
-    }
-
-    #[inline(always)]
-    fn destination_mac(front: &[u8; 54]) -> &Mac {
-        front.first_chunk().unwrap_or(&[0; 6])
-    }
-
-    #[inline(always)]
-    fn parts(front: &mut [u8; 54]) -> Option<(&mut [u8; 14], &mut [u8; 40])> {
-        let (ethernet, header) = front.split_first_chunk_mut()?;
-        Some((ethernet, header.first_chunk_mut()?))
     }
 
     fn write_reply(header: &mut [u8; 40], src: Self, dst: Self) {

@@ -6,11 +6,14 @@
 //! Source: Aumasson and Bernstein, "SipHash: a fast short-input PRF" (one compression round, three
 //! finalisation rounds).
 
-/// A secret key.
+/// A secret key, as the state that it makes of the hash, with as much of the first round done as does
+/// not depend on the message.
 #[derive(Clone, Copy)]
 pub(crate) struct HashKey {
-    k0: u64,
-    k1: u64,
+    v0: u64,
+    v1: u64,
+    v2: u64,
+    v3: u64,
 }
 
 /// Keys are not shown.
@@ -42,6 +45,21 @@ impl State {
         self.v2 = self.v2.rotate_left(32);
     }
 
+    /// The first round, from where [`HashKey::new`] left it.
+    #[inline(always)]
+    fn begin(key: &HashKey, word: u64) -> Self {
+        let (mut v0, mut v1, mut v2, mut v3) = (key.v0, key.v1, key.v2, key.v3 ^ word);
+        v2 = v2.wrapping_add(v3);
+        v3 = v3.rotate_left(16) ^ v2;
+        v2 = v2.wrapping_add(v1);
+        v0 = v0.wrapping_add(v3);
+        v1 = v1.rotate_left(17) ^ v2;
+        v3 = v3.rotate_left(21) ^ v0;
+        v2 = v2.rotate_left(32);
+        v0 ^= word;
+        Self { v0, v1, v2, v3 }
+    }
+
     #[inline(always)]
     fn absorb(&mut self, word: u64) {
         self.v3 ^= word;
@@ -52,7 +70,15 @@ impl State {
 
 impl HashKey {
     pub(crate) const fn new(k0: u64, k1: u64) -> Self {
-        Self { k0, k1 }
+        let v0 = k0 ^ 0x736f_6d65_7073_6575;
+        let v1 = k1 ^ 0x646f_7261_6e64_6f6d;
+        let v0 = v0.wrapping_add(v1);
+        Self {
+            v0: v0.rotate_left(32),
+            v1: v1.rotate_left(13) ^ v0,
+            v2: k0 ^ 0x6c79_6765_6e65_7261,
+            v3: k1 ^ 0x7465_6462_7974_6573,
+        }
     }
 
     /// The hash of a message of full words and a `tail` of `8 * N` to `8 * N + 7` bytes: the caller
@@ -60,16 +86,17 @@ impl HashKey {
     /// message, modulo 256, in its highest byte.
     #[inline(always)]
     pub(crate) fn hash<const N: usize>(&self, words: [u64; N], tail: u64) -> u64 {
-        let mut state = State {
-            v0: self.k0 ^ 0x736f_6d65_7073_6575,
-            v1: self.k1 ^ 0x646f_7261_6e64_6f6d,
-            v2: self.k0 ^ 0x6c79_6765_6e65_7261,
-            v3: self.k1 ^ 0x7465_6462_7974_6573,
+        let mut state = match words.split_first() {
+            Some((first, rest)) => {
+                let mut state = State::begin(self, *first);
+                for word in rest {
+                    state.absorb(*word);
+                }
+                state.absorb(tail);
+                state
+            }
+            None => State::begin(self, tail),
         };
-        for word in words {
-            state.absorb(word);
-        }
-        state.absorb(tail);
         state.v2 ^= 0xff;
         state.round();
         state.round();

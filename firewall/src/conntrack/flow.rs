@@ -108,8 +108,9 @@ impl<A: Address> Key<A> {
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub(crate) struct Half<A> {
-    pub(crate) src: A,
+    // In this order both IPv4 addresses compare as one number.
     pub(crate) dst: A,
+    pub(crate) src: A,
     pub(crate) ports: u32,
     /// Change of the IP header's sum, the time to live included.
     pub(crate) network_delta: u16,
@@ -151,7 +152,7 @@ pub(crate) struct Flow<A> {
     pub(super) timer_next: u32,
     pub(super) list_previous: u32,
     pub(super) list_next: u32,
-    pub(super) created: Ticks,
+    pub(crate) created: Ticks,
     /// The client address that it belongs to.
     pub(crate) owner: u16,
     /// The rule that let it start.
@@ -227,8 +228,8 @@ impl<A: Address> Flow<A> {
     #[inline(always)]
     pub(crate) fn is_overdue(&self, now: Ticks) -> bool {
         let [original, reply] = &self.half;
-        let idle = now.since(original.seen).min(now.since(reply.seen));
-        idle > self.timeout()
+        let timeout = self.timeout();
+        now.since(original.seen) > timeout && now.since(reply.seen) > timeout
     }
 
     #[inline(always)]
@@ -255,13 +256,8 @@ impl<A: Address> Flow<A> {
     fn follow_young_datagram(&mut self, reply: bool, now: Ticks) {
         match self.protocol {
             protocol::UDP => {
-                // Linux looks at whether a reply was seen before this packet.
-                if self.flags & REPLIED != 0 && now.since(self.created) > STREAM_AGE {
-                    self.patience = Patience::UdpStream;
-                    self.flags |= ASSURED;
-                } else {
-                    self.patience = Patience::UdpUnreplied;
-                }
+                let (flags, patience) = (&mut self.flags, &mut self.patience);
+                follow_udp(flags, patience, self.created, reply, now);
             }
             number if number == A::ICMP => self.patience = Patience::Icmp,
             _ => self.patience = Patience::Generic,
@@ -320,6 +316,30 @@ impl<A: Address> Half<A> {
         } else {
             checksum::join(addresses, ports)
         };
+    }
+}
+
+/// State of a UDP flow after a packet.
+#[inline(always)]
+pub(crate) fn follow_udp(
+    flags: &mut u8,
+    patience: &mut Patience,
+    created: Ticks,
+    reply: bool,
+    now: Ticks,
+) {
+    if *flags & ASSURED != 0 {
+        return;
+    }
+    // Linux looks at whether a reply was seen before this packet.
+    if *flags & REPLIED != 0 && now.since(created) > STREAM_AGE {
+        *patience = Patience::UdpStream;
+        *flags |= ASSURED;
+    } else {
+        *patience = Patience::UdpUnreplied;
+    }
+    if reply {
+        *flags |= REPLIED;
     }
 }
 

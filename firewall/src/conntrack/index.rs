@@ -129,7 +129,8 @@ impl Place {
     #[inline(always)]
     const fn tag(self) -> u8 {
         let [tag, ..] = self.hash.to_le_bytes();
-        if tag == 0 { 1 } else { tag }
+        // The carry, without a branch.
+        tag + (tag == 0) as u8
     }
 }
 

@@ -173,13 +173,35 @@ impl<A: Address> FlowTable<A> {
         self.find_at(self.place(key), key, reply)
     }
 
+    /// Finds a flow by the key of one direction, to change it.
+    #[inline(always)]
+    pub(crate) fn find_mut(&mut self, key: &Key<A>, reply: bool) -> Option<(u32, &mut Flow<A>)> {
+        let place = self.place(key);
+        match self.index.likely(place) {
+            Some(reference) if self.is_key_of(reference, key, reply) => {
+                let number = reference.entry();
+                Some((number, self.flows.get_mut(as_index(number))?))
+            }
+            None if !self.index.is_overflowed(place) => None,
+            _ => {
+                let key = *key;
+                let number = self.find_among_all(place, &key, reply)?;
+                Some((number, self.get_mut(number)?))
+            }
+        }
+    }
+
     /// Finds a flow, with the place of its key.
     #[inline(always)]
     pub(crate) fn find_at(&self, place: Place, key: &Key<A>, reply: bool) -> Option<u32> {
         match self.index.likely(place) {
             Some(reference) if self.is_key_of(reference, key, reply) => Some(reference.entry()),
             None if !self.index.is_overflowed(place) => None,
-            _ => self.find_among_all(place, key, reply),
+            _ => {
+                // A copy that only this way needs: the key itself can stay in registers.
+                let key = *key;
+                self.find_among_all(place, &key, reply)
+            }
         }
     }
 
@@ -196,11 +218,10 @@ impl<A: Address> FlowTable<A> {
     fn is_key_of(&self, reference: Reference, key: &Key<A>, reply: bool) -> bool {
         self.get(reference.entry()).is_some_and(|flow| {
             let half = flow.side(reply);
-            half.src == key.src
-                && half.dst == key.dst
+            // The other direction's reference may be met by chance: the flow is the right one then, too.
+            A::same_pair((half.src, half.dst), (key.src, key.dst))
                 && half.ports == key.ports
                 && flow.protocol == key.protocol
-                && reference.is_reply() == reply
         })
     }
 

@@ -14,6 +14,8 @@
 use crate::verdict::DropReason;
 use crate::view::FlowState;
 
+pub(crate) mod steady;
+
 const FIN: u8 = 0x01;
 const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
@@ -258,12 +260,6 @@ const fn after(a: u32, b: u32) -> bool {
     before(b, a)
 }
 
-/// Whether a segment is nothing but data or an acknowledgement.
-#[inline(always)]
-pub(crate) const fn is_plain(header: &[u8; 20]) -> bool {
-    header[13] & (FIN | SYN | RST | ACK) == ACK
-}
-
 impl Segment {
     /// Reads the header, whose length was checked; `len` is that of header and payload.
     #[inline(always)]
@@ -485,13 +481,7 @@ impl Track<'_> {
     }
 
     /// Tracks data or an acknowledgement of an established connection: the bulk of all traffic.
-    #[inline(always)]
-    pub(crate) fn follow_established(
-        &mut self,
-        segment: &Segment,
-        options: &[u8],
-        reply: bool,
-    ) -> Tracked {
+    fn follow_established(&mut self, segment: &Segment, options: &[u8], reply: bool) -> Tracked {
         match self.window(segment, options, reply) {
             Window::Accept => {
                 self.last.kind = Event::Ack as u8;

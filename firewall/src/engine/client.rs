@@ -295,7 +295,7 @@ fn begin<A: Local>(
     let places = [start.place, translation.place];
     match table.insert(&flow, places, ticks) {
         Ok((number, evicted)) => {
-            core.last_flow = Some(number);
+            core.last_flow = number;
             core.counters.flows_created = core.counters.flows_created.wrapping_add(1);
             core.counters.flows_evicted =
                 core.counters.flows_evicted.wrapping_add(u64::from(evicted));

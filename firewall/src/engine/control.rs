@@ -6,7 +6,6 @@
 use alloc::vec::Vec;
 use core::net::{IpAddr, Ipv4Addr};
 
-use super::core::Uplink;
 use super::{Engine, family_of};
 use crate::config::{AttachError, ClientConfig, Downstream, MappedAddress, UplinkConfig};
 use crate::conntrack::flow::{LIVE, Ticks};
@@ -28,7 +27,7 @@ impl Engine {
             self.core.registry.cut_all();
             self.fragments.forget_interface(Iface::Uplink);
         }
-        self.core.uplink = uplink.map(Uplink::new);
+        self.core.set_uplink(uplink);
     }
 
     /// Sets the addresses that clients know us by. Every flow is cut if they change.
@@ -179,7 +178,7 @@ impl Engine {
 
     /// The flow of `family` that the last frame belonged to or started, if any.
     pub fn last_flow(&self, family: Family, now: Time) -> Option<FlowView> {
-        let (number, ticks) = (self.core.last_flow?, Ticks::at(now));
+        let (number, ticks) = (self.core.last_flow, Ticks::at(now));
         match family {
             Family::Ipv4 => view(&self.flows4, number, ticks),
             Family::Ipv6 => view(&self.flows6, number, ticks),

@@ -13,7 +13,11 @@ use crate::ruleset::RuleRef;
 use crate::verdict::{Counters, DropCounters};
 use crate::wire::ethernet::{self, Addresses};
 use crate::wire::ipv4::Network;
+use crate::wire::plain::{PlainHeaders, mac_word};
 use crate::wire::transport::Transport;
+
+/// The number of no flow.
+pub(crate) const NO_FLOW: u32 = u32::MAX;
 
 /// Most virtual resolvers, and most real ones.
 const MAX_RESOLVERS: usize = 4;
@@ -48,6 +52,25 @@ impl Uplink {
             own6: config.ip6.and_then(|own| V6::from_ip(own.into())),
         }
     }
+}
+
+/// What plain packets need of the uplink, without a question whether there is one.
+#[derive(Debug)]
+pub(crate) struct PlainUplink {
+    /// Our address, as [`PlainHeaders::destination`] gives it.
+    pub(crate) mac: u64,
+    /// Addresses of frames to the next hop.
+    pub(crate) link: Addresses,
+    pub(crate) mtu: u16,
+}
+
+impl PlainUplink {
+    /// No frame has this destination, and none is short enough.
+    const ABSENT: Self = Self {
+        mac: 1,
+        link: [0; 12],
+        mtu: 0,
+    };
 }
 
 /// The virtual resolvers and what stands behind each (`qubes-policy.md` 4.1).
@@ -99,6 +122,8 @@ impl Dns {
 pub(crate) struct Core {
     pub(crate) registry: Registry,
     pub(crate) uplink: Option<Uplink>,
+    /// The same for the shortcut.
+    pub(crate) plain_uplink: PlainUplink,
     pub(crate) downstream: Downstream,
     pub(crate) dns: Dns,
     pub(crate) outbox: Outbox,
@@ -110,8 +135,8 @@ pub(crate) struct Core {
     pub(crate) uplink_errors: Bucket,
     /// What the rules said about the last packet that they were asked about.
     pub(crate) last_rule: Option<RuleRef>,
-    /// The flow that the last packet belonged to.
-    pub(crate) last_flow: Option<u32>,
+    /// The flow that the last packet belonged to, or [`NO_FLOW`].
+    pub(crate) last_flow: u32,
 }
 
 impl Core {
@@ -119,6 +144,7 @@ impl Core {
         Self {
             registry: Registry::new(limits.clients),
             uplink: None,
+            plain_uplink: PlainUplink::ABSENT,
             downstream: Downstream::default(),
             dns: Dns::default(),
             outbox: Outbox::new(usize::try_from(limits.outbox_bytes).unwrap_or(0)),
@@ -129,8 +155,21 @@ impl Core {
             all_errors: Bucket::default(),
             uplink_errors: Bucket::default(),
             last_rule: None,
-            last_flow: None,
+            last_flow: NO_FLOW,
         }
+    }
+
+    /// Takes a new uplink, or none.
+    pub(crate) fn set_uplink(&mut self, uplink: Option<UplinkConfig>) {
+        self.uplink = uplink.map(Uplink::new);
+        self.plain_uplink = match &self.uplink {
+            Some(uplink) => PlainUplink {
+                mac: mac_word(uplink.config.mac),
+                link: uplink.link,
+                mtu: uplink.config.mtu,
+            },
+            None => PlainUplink::ABSENT,
+        };
     }
 
     /// The addresses of frames that leave on an interface, and its MTU.
@@ -175,7 +214,7 @@ impl Core {
 }
 
 /// What a family must know about our own addresses.
-pub(crate) trait Local: Routed {
+pub(crate) trait Local: Routed + PlainHeaders {
     /// What clients' traffic leaves with.
     fn own(uplink: &Uplink) -> Option<Self>;
     /// Whether there is a way out for the family.

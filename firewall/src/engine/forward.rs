@@ -94,7 +94,7 @@ pub(crate) fn follow<A: Local>(
     if must_settle {
         table.settle(number);
     }
-    core.last_flow = Some(number);
+    core.last_flow = number;
     if last {
         table.remove(number);
     }

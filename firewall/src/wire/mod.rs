@@ -9,6 +9,7 @@ pub(crate) mod ethernet;
 pub(crate) mod icmp;
 pub(crate) mod ipv4;
 pub(crate) mod ipv6;
+pub(crate) mod plain;
 pub(crate) mod transport;
 
 /// IANA protocol numbers that the engine treats specially.

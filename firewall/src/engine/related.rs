@@ -85,7 +85,7 @@ fn relate<A: Local>(
         core.counters.flows_cut = core.counters.flows_cut.wrapping_add(1);
         return None;
     }
-    core.last_flow = Some(number);
+    core.last_flow = number;
     let flow = table.get(number)?;
     let (half, other) = (flow.side(reply), flow.side(!reply));
     let change = Change::of(half, other);

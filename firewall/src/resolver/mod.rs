@@ -420,6 +420,11 @@ impl Resolver {
 
     /// When [`Self::poll`] next has something to do.
     pub fn next_deadline(&self) -> Option<Time> {
+        // Names that wait for a server or for room can be asked for as soon as there are both.
+        if !self.queue.is_empty() && !self.servers.is_empty() && self.exchanges.len() < MAX_LOOKUPS
+        {
+            return Some(Time::ZERO);
+        }
         let exchanges = self.exchanges.iter().map(Exchange::deadline).min();
         let schedule = self.schedule.first().map(|(&(time, _), ())| time);
         let learned = self.learner.as_ref().and_then(Learner::next_expiry);

@@ -1,6 +1,7 @@
 //! Names in rules, through the whole composition: settings in, frames in and out, DNS made by another implementation.
 #![allow(
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
     reason = "tests"

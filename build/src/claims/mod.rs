@@ -8,6 +8,7 @@
 
 pub mod hostile;
 pub mod life;
+pub mod names;
 pub mod policy;
 pub mod traffic;
 
@@ -51,6 +52,7 @@ pub const MORE: &[Claim] = &[
     traffic::UPLOAD,
     traffic::PING_GATEWAY,
     policy::BAD_RULES,
+    names::NAMES,
     policy::MISSING_SETTING,
     life::CLIENT_DESTROYED,
     life::CLIENT_REBOOTS,

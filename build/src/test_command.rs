@@ -28,6 +28,10 @@ const READY_WITHIN: Duration = Duration::from_millis(50);
 /// The instruction clock of measurements: 2 ns for each instruction.
 const ICOUNT_SHIFT: u8 = 1;
 
+/// What QEMU 10 says before it ends, when its instruction clock is read where it cannot be (seen on Debian 13, with Xen
+/// under SVM; 7.2 does not).
+const NO_INSTRUCTION_CLOCK: &str = "Bad icount read";
+
 /// Memory of the small firewall in MiB.
 const SMALL_MEMORY: u32 = 8;
 
@@ -321,6 +325,17 @@ impl Run<'_> {
     /// Checks what the firewall costs, by the instruction clock: the same on any host.
     fn measured_world(&mut self, base: &Base, image: &Image) {
         let started = self.start_with(base, &image.path, 1, Some(ICOUNT_SHIFT));
+        if let Err(error) = &started
+            && format!("{error:#}").contains(NO_INSTRUCTION_CLOCK)
+        {
+            let reason =
+                "this QEMU's instruction clock cannot run Xen: it ends with \"Bad icount read\"";
+            self.report.skip("cost", "boot-time", reason);
+            for claim in claims::COST {
+                self.report.skip("cost", claim.name, reason);
+            }
+            return;
+        }
         let mut world = None;
         self.report.check("cost", "boot-time", || {
             let (ready, line) = readiness(world.insert(started?))?;

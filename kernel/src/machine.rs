@@ -40,6 +40,8 @@ pub struct Setup {
     pub seed: [u8; 32],
     /// When the image's first instruction ran.
     pub started: Time,
+    /// Processor time that Xen had counted for us by then: what it did itself before the first instruction.
+    pub running_at_start: Duration,
     /// Pages in the pool.
     pub pool_pages: usize,
     /// The event channels that are not a device's: xenstore's, and the console's if there is one.
@@ -208,7 +210,9 @@ impl Firewall {
             Event::Config(event) => self.data.filter.change(event, filter_time(now)),
             Event::Control(ControlEvent::Identity { name, .. }) => {
                 let after_entry = hv.refresh_time().since(self.setup.started);
-                let running = hv.running_time().unwrap_or(after_entry);
+                let running = hv.running_time().map_or(after_entry, |running| {
+                    running.saturating_sub(self.setup.running_at_start)
+                });
                 log::info!(
                     "ready for clients as {name:?} after {} us of processor time, {} us after entry",
                     running.as_micros(),

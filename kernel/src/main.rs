@@ -143,11 +143,15 @@ fn run(context: BootContext, plan: &MemoryPlan) -> ! {
     } = context;
     let mut ports = Vec::from([store.port()]);
     ports.extend(console.port());
+    // Nothing has waited so far, so what exceeds the time since entry is older.
+    let since_entry = guest.refresh_time().since(entry_time);
+    let running = guest.running_time().unwrap_or_default();
     let setup = Setup {
         limits: plan.limits(),
         rx_buffers: plan.rx_buffers,
         seed: entropy.seed,
         started: entry_time,
+        running_at_start: running.saturating_sub(since_entry),
         pool_pages: guest.free_pages(),
         ports,
         options: filter::Options::from_command_line(&command_line),

@@ -46,9 +46,6 @@ const SECOND_CHANCES: u32 = 8;
 /// What lately means: about a minute.
 const RECENT: u32 = 224;
 
-/// Entries that come into use at a time.
-const GROWTH: u32 = 32;
-
 /// A list of flows, oldest first.
 #[derive(Clone, Copy, Debug)]
 struct List {
@@ -262,14 +259,13 @@ impl<A: Address> FlowTable<A> {
         [original, reply]: [Place; 2],
         now: Ticks,
     ) -> Result<(u32, bool), NoRoom> {
-        if self.free == NONE {
-            self.grow();
-        }
-        let evicted = self.free == NONE;
+        let unused = u32::try_from(self.flows.len()).unwrap_or(NONE);
+        let fresh = self.free == NONE && unused < self.capacity;
+        let evicted = self.free == NONE && !fresh;
         if evicted && !self.evict(flow.owner, now) {
             return Err(NoRoom);
         }
-        let number = self.free;
+        let number = if fresh { unused } else { self.free };
         if !self.index_insert(original, Reference::new(number, false)) {
             return Err(NoRoom);
         }
@@ -277,19 +273,24 @@ impl<A: Address> FlowTable<A> {
             self.index.remove(original, Reference::new(number, false));
             return Err(NoRoom);
         }
-        let Some(entry) = self.flows.get_mut(as_index(number)) else {
-            return Err(NoRoom);
-        };
-        self.free = entry.list_next;
-        let wheel = entry.flags & ON_WHEEL;
-        let timer_next = entry.timer_next;
-        *entry = *flow;
-        entry.flags |= wheel | LIVE;
-        entry.timer_next = timer_next;
-        self.live += 1;
-        if wheel == 0 {
+        if fresh {
+            self.flows.push(*flow);
             self.link_timer(number, now);
+        } else {
+            let Some(entry) = self.flows.get_mut(as_index(number)) else {
+                return Err(NoRoom);
+            };
+            self.free = entry.list_next;
+            let wheel = entry.flags & ON_WHEEL;
+            let timer_next = entry.timer_next;
+            *entry = *flow;
+            entry.flags |= wheel;
+            entry.timer_next = timer_next;
+            if wheel == 0 {
+                self.link_timer(number, now);
+            }
         }
+        self.live += 1;
         if let Some(owner) = self.owners.get_mut(usize::from(flow.owner)) {
             self.active_owners += u32::from(owner.flows == 0);
             owner.flows += 1;
@@ -353,19 +354,6 @@ impl<A: Address> FlowTable<A> {
             owner.flows = 0;
         }
         self.flows.clear();
-    }
-
-    /// Brings some more of the entries that were never used into use.
-    #[cold]
-    fn grow(&mut self) {
-        for _ in 0..GROWTH {
-            let number = u32::try_from(self.flows.len()).unwrap_or(NONE);
-            if number >= self.capacity {
-                break;
-            }
-            self.flows.push(Flow::default());
-            self.put_free(number);
-        }
     }
 
     fn put_free(&mut self, number: u32) {

@@ -419,36 +419,33 @@ pub(crate) struct Track<'a> {
     pub(crate) assured: &'a mut bool,
 }
 
-/// Whether a segment without a flow may start one, and the sides to start with.
-pub(crate) fn start(segment: &Segment, options: &[u8]) -> Result<(Side, Side), DropReason> {
-    if !segment.flags_are_possible() {
-        return Err(DropReason::TcpFlags);
-    }
-    let window = u32::from(segment.window).max(1);
-    let mut sender = Side {
-        end: segment.end,
-        max_end: segment.end,
-        max_window: window,
-        ..Side::default()
-    };
-    let mut receiver = Side::default();
-    match segment.event() {
-        Event::Syn => {
-            let (scale, flags) = announced(options);
-            sender.scale = scale;
-            sender.flags = flags;
+impl Segment {
+    /// Whether the segment may start a flow.
+    pub(crate) const fn may_start(&self) -> Result<(), DropReason> {
+        if !self.flags_are_possible() {
+            return Err(DropReason::TcpFlags);
         }
-        // Picked up in the middle: scaling is unknown, so windows prove little.
-        Event::Ack => {
-            sender.max_end = segment.end.wrapping_add(window);
+        match self.event() {
+            Event::Syn | Event::Ack => Ok(()),
+            Event::SynAck | Event::Fin | Event::Rst | Event::Nothing => Err(DropReason::TcpState),
+        }
+    }
+
+    /// Sets the sides that a flow starts with, if the segment may start one.
+    pub(crate) fn start(&self, options: &[u8], sender: &mut Side, receiver: &mut Side) {
+        let window = u32::from(self.window).max(1);
+        sender.end = self.end;
+        sender.max_end = self.end;
+        sender.max_window = window;
+        if self.is_first() {
+            (sender.scale, sender.flags) = announced(options);
+        } else {
+            // Picked up in the middle: scaling is unknown, so windows prove little.
+            sender.max_end = self.end.wrapping_add(window);
             sender.flags = SIDE_SACK | SIDE_LIBERAL;
             receiver.flags = SIDE_SACK | SIDE_LIBERAL;
         }
-        Event::SynAck | Event::Fin | Event::Rst | Event::Nothing => {
-            return Err(DropReason::TcpState);
-        }
     }
-    Ok((sender, receiver))
 }
 
 /// What a flow is after its first SYN: the receiver may send as much as that SYN announced.

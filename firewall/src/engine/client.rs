@@ -6,10 +6,10 @@
 use super::complain::{self, Complaint};
 use super::core::{Core, Local, Packet};
 use super::{forward, local, related};
-use crate::conntrack::flow::{self, Flow, Key, Ticks};
+use crate::conntrack::flow::{self, Flow, Ticks};
 use crate::conntrack::index::Place;
 use crate::conntrack::table::FlowTable;
-use crate::conntrack::tcp::{self, Patience, Segment, Side, State, Track, Tracked};
+use crate::conntrack::tcp::{self, Patience, Segment, State, Track, Tracked};
 use crate::frame::{ClientId, Frame, Iface, Time};
 use crate::nat;
 use crate::registry::Rules;
@@ -22,31 +22,20 @@ use crate::wire::{ethernet, high16, low16};
 /// Port of DNS.
 const DNS: u16 = 53;
 
-/// What tracking makes of a packet without a flow.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Class {
-    /// It may start a flow. For TCP, with these sides.
-    New(Side, Side),
-    /// It can be nothing that anybody sends.
-    Invalid(DropReason),
-}
-
-/// Classifies a packet that has no flow (A10).
-pub(crate) fn classify<A: Local>(frame: &Frame<'_>, packet: &Packet<A>) -> Class {
+/// Whether a packet that has no flow may start one, as far as tracking knows (A10). If not, it can be
+/// nothing that anybody sends.
+fn classify<A: Local>(frame: &Frame<'_>, packet: &Packet<A>) -> Result<(), DropReason> {
     if !forward::checksum_holds(frame, packet) {
-        return Class::Invalid(DropReason::BadChecksum);
+        return Err(DropReason::BadChecksum);
     }
     match packet.transport.kind {
         Kind::Tcp => match read_segment(frame, packet) {
-            Some((segment, options)) => match tcp::start(&segment, options) {
-                Ok((sender, receiver)) => Class::New(sender, receiver),
-                Err(reason) => Class::Invalid(reason),
-            },
-            None => Class::Invalid(DropReason::MalformedTransport),
+            Some((segment, _)) => segment.may_start(),
+            None => Err(DropReason::MalformedTransport),
         },
-        Kind::Udp | Kind::Request | Kind::Other => Class::New(Side::default(), Side::default()),
-        Kind::Reply | Kind::OtherIcmp => Class::Invalid(DropReason::IcmpState),
-        Kind::Error => Class::Invalid(DropReason::IcmpUnrelated),
+        Kind::Udp | Kind::Request | Kind::Other => Ok(()),
+        Kind::Reply | Kind::OtherIcmp => Err(DropReason::IcmpState),
+        Kind::Error => Err(DropReason::IcmpUnrelated),
     }
 }
 
@@ -98,7 +87,7 @@ pub(crate) fn without_flow<A: Local>(
     // A11: DNS to a virtual resolver goes to a real one.
     let mut destination = network.dst;
     let to_dns = matches!(kind, Kind::Tcp | Kind::Udp) && low16(packet.transport.ports) == DNS;
-    if to_dns && matches!(class, Class::New(..)) {
+    if to_dns && class.is_ok() {
         match A::resolver(core, network.dst) {
             Some(Ok(real)) => destination = real,
             Some(Err(())) => return Verdict::Drop(DropReason::NoResolver),
@@ -117,7 +106,7 @@ pub(crate) fn without_flow<A: Local>(
     }
     // A13
     if A::is_ours(core, destination) {
-        return local::from_client(core, ingress, frame, packet, &class, now);
+        return local::from_client(core, ingress, frame, packet, class, now);
     }
     // A14. A link-scoped address can only be on the client's own link.
     let node = A::node(&core.registry, destination);
@@ -142,10 +131,9 @@ pub(crate) fn without_flow<A: Local>(
         return verdict;
     }
     // A20
-    let (sender, receiver) = match class {
-        Class::New(sender, receiver) => (sender, receiver),
-        Class::Invalid(reason) => return Verdict::Drop(reason),
-    };
+    if let Err(reason) = class {
+        return Verdict::Drop(reason);
+    }
     // A21
     let rule = match rules(core, source, packet, destination) {
         Ok(rule) => rule,
@@ -176,8 +164,6 @@ pub(crate) fn without_flow<A: Local>(
         place,
         destination,
         rule: forward::rule_number(rule),
-        sender,
-        receiver,
     };
     match begin(core, table, own, frame, packet, &start, now) {
         Ok(change) => {
@@ -230,8 +216,6 @@ struct Start<A> {
     place: Place,
     destination: A,
     rule: u16,
-    sender: Side,
-    receiver: Side,
 }
 
 /// A24: chooses a translation and puts the flow into the table.
@@ -245,12 +229,7 @@ fn begin<A: Local>(
     now: Time,
 ) -> Result<forward::Change<A>, DropReason> {
     let ticks = Ticks::at(now);
-    let original = Key {
-        src: packet.network.src,
-        dst: packet.network.dst,
-        ports: packet.transport.ports,
-        protocol: packet.network.protocol,
-    };
+    let original = packet.key();
     let kind = packet.transport.kind;
     let translation = nat::translate(
         table,
@@ -275,7 +254,7 @@ fn begin<A: Local>(
     let (half, _) = flow.sides_mut(false);
     half.packets = 1;
     if kind == Kind::Tcp {
-        begin_tcp(&mut flow, frame, packet, start)?;
+        begin_tcp(&mut flow, frame, packet)?;
     } else {
         flow.follow_datagram(false, ticks);
     }
@@ -318,12 +297,10 @@ fn begin_tcp<A: Local>(
     flow: &mut Flow<A>,
     frame: &Frame<'_>,
     packet: &Packet<A>,
-    start: &Start<A>,
 ) -> Result<(), DropReason> {
     let (segment, options) = read_segment(frame, packet).ok_or(DropReason::MalformedTransport)?;
     let [original, reply] = &mut flow.half;
-    original.tcp = start.sender;
-    reply.tcp = start.receiver;
+    segment.start(options, &mut original.tcp, &mut reply.tcp);
     if segment.is_first() {
         flow.state = tcp::begin_with_syn(&segment, &mut reply.tcp, &mut flow.last);
         flow.patience = Patience::SynSent;

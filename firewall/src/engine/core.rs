@@ -4,6 +4,7 @@ use core::net::Ipv4Addr;
 
 use crate::address::{Address, LINK_LOCAL_GATEWAY, V4, V6};
 use crate::config::{Downstream, IcmpRate, Limits, UplinkConfig};
+use crate::conntrack::flow::Key;
 use crate::frame::{Checksum, ClientId, Iface, Mac};
 use crate::hash::{HashKey, Random};
 use crate::limiter::Bucket;
@@ -23,7 +24,7 @@ pub(crate) const NO_FLOW: u32 = u32::MAX;
 const MAX_RESOLVERS: usize = 4;
 
 /// A packet whose headers were read. The bytes stay in the frame.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Packet<A> {
     pub(crate) network: Network<A>,
     pub(crate) transport: Transport,
@@ -31,6 +32,19 @@ pub(crate) struct Packet<A> {
     pub(crate) largest_fragment: Option<u16>,
     /// Whether it came in a frame for everybody or a group.
     pub(crate) group_frame: bool,
+}
+
+impl<A: Address> Packet<A> {
+    /// What flows are found by.
+    #[inline(always)]
+    pub(crate) fn key(&self) -> Key<A> {
+        Key {
+            src: self.network.src,
+            dst: self.network.dst,
+            ports: self.transport.ports,
+            protocol: self.network.protocol,
+        }
+    }
 }
 
 /// Our side of the uplink.
@@ -65,9 +79,12 @@ pub(crate) struct PlainUplink {
 }
 
 impl PlainUplink {
+    /// In place of an address, while there is no uplink. No frame has this destination.
+    pub(crate) const NO_MAC: u64 = 1;
+
     /// No frame has this destination, and none is short enough.
     const ABSENT: Self = Self {
-        mac: 1,
+        mac: Self::NO_MAC,
         link: [0; 12],
         mtu: 0,
     };

@@ -3,7 +3,6 @@
 //! Clients may ping us and find our link address; everything else is refused with an ICMP error. The
 //! uplink may ping us over IPv6 only. Answers are made from the packet alone, nothing is remembered.
 
-use super::client::Class;
 use super::complain::{self, Complaint};
 use super::core::{Core, Local, Packet};
 use super::fragmenting;
@@ -31,7 +30,7 @@ pub(crate) fn from_client<A: Local>(
     ingress: Iface,
     frame: &mut Frame<'_>,
     packet: &Packet<A>,
-    class: &Class,
+    class: Result<(), DropReason>,
     now: Time,
 ) -> Verdict {
     // C1. Messages that are no queries are not tracked, so they cannot be invalid.
@@ -39,8 +38,8 @@ pub(crate) fn from_client<A: Local>(
     if kind == Kind::OtherIcmp {
         return Verdict::Drop(DropReason::LocalIgnored);
     }
-    if let Class::Invalid(reason) = class {
-        return Verdict::Drop(*reason);
+    if let Err(reason) = class {
+        return Verdict::Drop(reason);
     }
     // C2
     let to_dhcp_client = kind == Kind::Udp && low16(packet.transport.ports) == DHCP_CLIENT;

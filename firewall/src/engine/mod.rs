@@ -40,20 +40,20 @@ mod uplink;
 
 use ::core::net::IpAddr;
 
-use self::core::{Core, Local, NO_FLOW, Packet};
+use self::core::{Core, Local, NO_FLOW, Packet, PlainUplink};
 use crate::address::{Address, V4, V6};
 use crate::config::Limits;
-use crate::conntrack::flow::{Key, Ticks, is_trackable};
+use crate::conntrack::flow::{Ticks, is_trackable};
 use crate::conntrack::table::FlowTable;
 use crate::conntrack::tcp::Segment;
 use crate::fragment::{Added, Complete, Reassembly};
 use crate::frame::{Checksum, ClientId, Frame, GsoFamily, Iface, Time};
 use crate::hash::HashKey;
 use crate::outbox::Generated;
-use crate::registry::max_sources;
+use crate::registry::{Fake, max_sources};
 use crate::rule::Family;
 use crate::verdict::{DropReason, Verdict};
-use crate::wire::ethernet::{self, Audience};
+use crate::wire::ethernet;
 use crate::wire::ipv4::Network;
 use crate::wire::transport::{self, Kind};
 use crate::wire::{ipv4, ipv6, plain};
@@ -66,6 +66,9 @@ const MIN_MSS: u16 = 88;
 
 /// Stands for the client of a frame that comes from none.
 const NO_CLIENT: ClientId = ClientId(u16::MAX);
+
+/// Our address towards clients, to compare with.
+const CLIENT_SIDE: u64 = plain::mac_word(ethernet::OWN_CLIENT_SIDE);
 
 /// Frames from which on a batch is worth two stages.
 const MIN_STAGED: usize = 8;
@@ -98,7 +101,7 @@ pub struct Engine {
 }
 
 /// What is known about a frame before its packet is read.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Arrival {
     ingress: Iface,
     group_frame: bool,
@@ -209,11 +212,12 @@ impl Engine {
     fn decide(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
         self.core.last_rule = None;
         self.core.last_flow = NO_FLOW;
-        let verdict = match ingress {
-            Iface::Client(id) => self.client_frame(id, frame, now),
-            Iface::Uplink => self.uplink_frame(frame, now),
-        };
-        self.account(ingress, frame.len, verdict);
+        let verdict = self.frame(ingress, frame, now);
+        if let Verdict::Drop(reason) = verdict {
+            self.core.count_drop(ingress, reason);
+        } else {
+            self.account(ingress, frame.len, verdict);
+        }
         verdict
     }
 
@@ -309,137 +313,116 @@ impl Engine {
         }
     }
 
-    /// A1 to A3.
+    /// A1 to A3, B1, B2.
     #[inline(always)]
-    fn client_frame(&mut self, id: ClientId, frame: &mut Frame<'_>, now: Time) -> Verdict {
-        let ingress = Iface::Client(id);
-        let Some(vif) = self.core.registry.vif(id.0) else {
-            return Verdict::Drop(DropReason::UnknownClient);
+    fn frame(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
+        let (own, fake) = match ingress {
+            Iface::Client(ClientId(id)) => match self.core.registry.vif(id) {
+                Some(vif) => (CLIENT_SIDE, vif.fake),
+                None => return Verdict::Drop(DropReason::UnknownClient),
+            },
+            Iface::Uplink => match self.core.plain_uplink.mac {
+                PlainUplink::NO_MAC => return Verdict::Drop(DropReason::UplinkAbsent),
+                own => (own, None),
+            },
         };
-        let fake = vif.fake.is_some();
         let Some(header) = frame.head.first_chunk::<{ ethernet::HEADER }>() else {
             return Verdict::Drop(DropReason::MalformedFrame);
         };
-        let audience = ethernet::audience(header, &ethernet::OWN_CLIENT_SIDE);
-        if audience == Audience::Other {
+        let group_frame = plain::destination(header) != own;
+        if group_frame && header[0] & 1 == 0 {
             return Verdict::Drop(DropReason::ForeignMac);
         }
         let arrival = Arrival {
             ingress,
-            group_frame: audience == Audience::Group,
+            group_frame,
             largest_fragment: None,
             now,
         };
-        match ethernet::ethertype(header) {
-            ethernet::TYPE_IPV4 if fake => self.fake_client_packet(frame, arrival),
-            ethernet::TYPE_IPV4 => self.packet4(frame, arrival),
-            ethernet::TYPE_IPV6 if fake => Verdict::Drop(DropReason::SpoofedSource),
-            ethernet::TYPE_IPV6 => self.packet6(frame, arrival),
-            ethernet::TYPE_ARP => local::arp(&mut self.core, ingress, frame),
+        match (ethernet::ethertype(header), fake) {
+            (ethernet::TYPE_IPV4, None) => self.packet4(frame, &arrival),
+            (ethernet::TYPE_IPV4, Some(fake)) => self.fake_client_packet(frame, &arrival, &fake),
+            (ethernet::TYPE_IPV6, None) => self.packet6(frame, &arrival),
+            (ethernet::TYPE_IPV6, Some(_)) => Verdict::Drop(DropReason::SpoofedSource),
+            (ethernet::TYPE_ARP, _) => local::arp(&mut self.core, ingress, frame),
             _ => Verdict::Drop(DropReason::NotIp),
         }
     }
 
     /// A4: the client believes in another address.
     #[cold]
-    fn fake_client_packet(&mut self, frame: &mut Frame<'_>, arrival: Arrival) -> Verdict {
-        let parsed = match ipv4::parse(frame.head, frame.len) {
-            Ok(parts) => parts.network,
-            Err(reason) => return Verdict::Drop(reason),
-        };
-        match self.core.vif_of(arrival.ingress).and_then(|vif| vif.fake) {
-            Some(fake) if parsed.src == fake.visible => {
-                fake::to_real(frame.head, frame.checksum, &fake);
-                self.packet4_aside(frame, arrival)
+    fn fake_client_packet(
+        &mut self,
+        frame: &mut Frame<'_>,
+        arrival: &Arrival,
+        fake: &Fake,
+    ) -> Verdict {
+        match ipv4::take_apart(frame.head, frame.len) {
+            Ok(parts) if parts.network.src == fake.visible => {
+                fake::to_real(frame.head, frame.checksum, fake);
+                self.packet4(frame, arrival)
             }
-            _ => Verdict::Drop(DropReason::SpoofedSource),
+            Ok(_) => Verdict::Drop(DropReason::SpoofedSource),
+            Err(reason) => Verdict::Drop(reason),
         }
     }
 
-    /// B1, B2.
-    #[inline(always)]
-    fn uplink_frame(&mut self, frame: &mut Frame<'_>, now: Time) -> Verdict {
-        let Some(uplink) = &self.core.uplink else {
-            return Verdict::Drop(DropReason::UplinkAbsent);
-        };
-        let Some(header) = frame.head.first_chunk::<{ ethernet::HEADER }>() else {
-            return Verdict::Drop(DropReason::MalformedFrame);
-        };
-        let audience = ethernet::audience(header, &uplink.config.mac);
-        if audience == Audience::Other {
-            return Verdict::Drop(DropReason::ForeignMac);
-        }
-        let arrival = Arrival {
-            ingress: Iface::Uplink,
-            group_frame: audience == Audience::Group,
-            largest_fragment: None,
-            now,
-        };
-        match ethernet::ethertype(header) {
-            ethernet::TYPE_IPV4 => self.packet4(frame, arrival),
-            ethernet::TYPE_IPV6 => self.packet6(frame, arrival),
-            ethernet::TYPE_ARP => local::arp(&mut self.core, Iface::Uplink, frame),
-            _ => Verdict::Drop(DropReason::NotIp),
-        }
-    }
-
-    /// A5 for IPv4, then everything else.
-    #[inline(always)]
-    fn packet4(&mut self, frame: &mut Frame<'_>, arrival: Arrival) -> Verdict {
-        let parts = match ipv4::parse(frame.head, frame.len) {
-            Ok(parts) => parts,
+    /// A5 to A7 and A9 for IPv4, then everything else.
+    #[inline(never)]
+    fn packet4(&mut self, frame: &mut Frame<'_>, arrival: &Arrival) -> Verdict {
+        let mut packet = arrival.packet::<V4>();
+        let bytes = match ipv4::parse(frame.head, frame.len, &mut packet.network) {
+            Ok(bytes) => bytes,
             Err(reason) => return Verdict::Drop(reason),
         };
-        let network = parts.network;
-        if network.fragment.is_some() {
-            return self.fragment(frame, &network, arrival);
+        if packet.network.is_fragment {
+            return self.fragment(frame, &packet.network, arrival);
         }
-        let transport = transport::parse(&network, parts.transport);
-        frame.len = network.total_len + 14;
-        packet(
-            &mut self.core,
-            &mut self.flows4,
-            frame,
-            network,
-            transport,
-            arrival,
-        )
-    }
-
-    /// The same for those who are called rarely: one copy of it is enough for them.
-    #[cold]
-    #[inline(never)]
-    fn packet4_aside(&mut self, frame: &mut Frame<'_>, arrival: Arrival) -> Verdict {
-        self.packet4(frame, arrival)
-    }
-
-    /// A5 for IPv6, A8, then everything else.
-    #[inline(never)]
-    fn packet6(&mut self, frame: &mut Frame<'_>, arrival: Arrival) -> Verdict {
-        let parts = match ipv6::parse(frame.head, frame.len) {
-            Ok(parts) => parts,
+        let source = match source(&self.core, arrival.ingress, packet.network.src) {
+            Ok(source) => source,
             Err(reason) => return Verdict::Drop(reason),
         };
-        let network = parts.network;
-        if network.fragment.is_some() {
-            return self.fragment(frame, &network, arrival);
+        let transport = transport::parse(&packet.network, bytes);
+        frame.len = packet.network.total_len + 14;
+        packet.transport = match transport {
+            Ok(transport) => transport,
+            Err(reason) => return Verdict::Drop(reason),
+        };
+        let (core, flows) = (&mut self.core, &mut self.flows4);
+        packet_of(core, flows, frame, &packet, source, arrival)
+    }
+
+    /// A5 to A9 for IPv6, then everything else.
+    #[inline(never)]
+    fn packet6(&mut self, frame: &mut Frame<'_>, arrival: &Arrival) -> Verdict {
+        let mut packet = arrival.packet::<V6>();
+        let bytes = match ipv6::parse(frame.head, frame.len, &mut packet.network) {
+            Ok(bytes) => bytes,
+            Err(reason) => return Verdict::Drop(reason),
+        };
+        if packet.network.is_fragment {
+            return self.fragment(frame, &packet.network, arrival);
         }
-        let transport = transport::parse(&network, parts.transport);
-        frame.len = network.total_len + 14;
+        let transport = transport::parse(&packet.network, bytes);
+        frame.len = packet.network.total_len + 14;
         if let Ok(transport) = transport
             && transport.kind == Kind::OtherIcmp
-            && let Some(verdict) = self.neighbour(frame, network, transport, arrival)
         {
-            return verdict;
+            packet.transport = transport;
+            if let Some(verdict) = self.neighbour(frame, &packet, arrival) {
+                return verdict;
+            }
         }
-        packet(
-            &mut self.core,
-            &mut self.flows6,
-            frame,
-            network,
-            transport,
-            arrival,
-        )
+        let source = match source(&self.core, arrival.ingress, packet.network.src) {
+            Ok(source) => source,
+            Err(reason) => return Verdict::Drop(reason),
+        };
+        packet.transport = match transport {
+            Ok(transport) => transport,
+            Err(reason) => return Verdict::Drop(reason),
+        };
+        let (core, flows) = (&mut self.core, &mut self.flows6);
+        packet_of(core, flows, frame, &packet, source, arrival)
     }
 
     /// A8 and B1: neighbour discovery, if it comes from an address that may.
@@ -447,23 +430,22 @@ impl Engine {
     fn neighbour(
         &mut self,
         frame: &Frame<'_>,
-        network: Network<V6>,
-        transport: transport::Transport,
-        arrival: Arrival,
+        packet: &Packet<V6>,
+        arrival: &Arrival,
     ) -> Option<Verdict> {
-        let packet = arrival.packet(network, transport);
+        let src = packet.network.src;
         match self.core.vif_of(arrival.ingress) {
-            Some(vif) if vif.addresses6.source(network.src).is_none() => {
+            Some(vif) if vif.addresses6.source(src).is_none() => {
                 let (core, ingress) = (&mut self.core, arrival.ingress);
-                Some(local::unassigned_source(core, ingress, frame, &packet))
+                Some(local::unassigned_source(core, ingress, frame, packet))
             }
             Some(_) if V6::gateway(&self.core).is_none() => {
                 Some(Verdict::Drop(DropReason::Ipv6Off))
             }
-            None if uplink::bad_source(&self.core, network.src).is_some() => {
+            None if uplink::bad_source(&self.core, src).is_some() => {
                 Some(Verdict::Drop(DropReason::GuardedSource))
             }
-            _ => local::neighbour(&mut self.core, arrival.ingress, frame, &packet),
+            _ => local::neighbour(&mut self.core, arrival.ingress, frame, packet),
         }
     }
 
@@ -474,7 +456,7 @@ impl Engine {
         &mut self,
         frame: &Frame<'_>,
         network: &Network<A>,
-        arrival: Arrival,
+        arrival: &Arrival,
     ) -> Verdict {
         if let Some(reason) = refused_source(&self.core, arrival.ingress, network.src) {
             return Verdict::Drop(reason);
@@ -485,9 +467,10 @@ impl Engine {
         if network.source_routed {
             return Verdict::Drop(DropReason::SourceRouted);
         }
-        let (Some(fragment), None) = (network.fragment, arrival.largest_fragment) else {
+        if arrival.largest_fragment.is_some() {
             return Verdict::Drop(DropReason::FragmentMalformed);
-        };
+        }
+        let fragment = network.fragment;
         let (head, now) = (&*frame.head, arrival.now);
         let added = self
             .fragments
@@ -509,18 +492,18 @@ impl Engine {
     }
 
     /// Decides a datagram that was put together.
-    fn whole_datagram<A: Local>(&mut self, complete: Complete, arrival: Arrival) -> Verdict {
+    fn whole_datagram<A: Local>(&mut self, complete: Complete, arrival: &Arrival) -> Verdict {
         let mut buffer = ::core::mem::take(&mut self.fragments.buffer);
         let arrival = Arrival {
             largest_fragment: Some(complete.largest),
-            ..arrival
+            ..*arrival
         };
         let verdict = match buffer.get_mut(..complete.len) {
             Some(head) => {
                 let mut frame = Frame::whole(head);
                 match A::FAMILY {
-                    Family::Ipv4 => self.packet4_aside(&mut frame, arrival),
-                    Family::Ipv6 => self.packet6(&mut frame, arrival),
+                    Family::Ipv4 => self.packet4(&mut frame, &arrival),
+                    Family::Ipv6 => self.packet6(&mut frame, &arrival),
                 }
             }
             None => Verdict::Drop(DropReason::FragmentMalformed),
@@ -604,17 +587,13 @@ impl Engine {
 }
 
 impl Arrival {
+    /// A packet of which nothing is known but how it arrived.
     #[inline(always)]
-    const fn packet<A: Copy>(
-        &self,
-        network: Network<A>,
-        transport: transport::Transport,
-    ) -> Packet<A> {
+    fn packet<A: Local>(&self) -> Packet<A> {
         Packet {
-            network,
-            transport,
             largest_fragment: self.largest_fragment,
             group_frame: self.group_frame,
+            ..Packet::default()
         }
     }
 }
@@ -645,74 +624,63 @@ fn refused_source<A: Local>(core: &Core, ingress: Iface, src: A) -> Option<DropR
     }
 }
 
-/// A7 to A10 and B4: where the packet comes from, and whether it has a flow.
+/// A7 and A9: the number of a client's source address; zero for the uplink.
 #[inline(always)]
-fn packet<A: Local>(
+fn source<A: Local>(core: &Core, ingress: Iface, src: A) -> Result<u16, DropReason> {
+    let Iface::Client(ClientId(id)) = ingress else {
+        return Ok(0);
+    };
+    let vif = core.registry.vif(id).ok_or(DropReason::SpoofedSource)?;
+    let source = A::list(vif).source(src).ok_or(DropReason::SpoofedSource)?;
+    if A::FAMILY == Family::Ipv6 && core.downstream.gateway6.is_none() {
+        return Err(DropReason::Ipv6Off);
+    }
+    Ok(source)
+}
+
+/// A10 and B4: whether the packet has a flow.
+#[inline(always)]
+fn packet_of<A: Local>(
     core: &mut Core,
     table: &mut FlowTable<A>,
     frame: &mut Frame<'_>,
-    network: Network<A>,
-    transport: Result<transport::Transport, DropReason>,
-    arrival: Arrival,
+    packet: &Packet<A>,
+    source: u16,
+    arrival: &Arrival,
 ) -> Verdict {
-    let ingress = arrival.ingress;
+    let Arrival { ingress, now, .. } = *arrival;
     let reply = ingress == Iface::Uplink;
-    let mut source = 0;
-    if let Iface::Client(ClientId(id)) = ingress {
-        // A7
-        let list = core.registry.vif(id).map(A::list);
-        match list.and_then(|list| list.source(network.src)) {
-            Some(number) => source = number,
-            None => return Verdict::Drop(DropReason::SpoofedSource),
-        }
-        // A9
-        if A::FAMILY == Family::Ipv6 && core.downstream.gateway6.is_none() {
-            return Verdict::Drop(DropReason::Ipv6Off);
-        }
-    }
-    let transport = match transport {
-        Ok(transport) => transport,
-        Err(reason) => return Verdict::Drop(reason),
-    };
-    let packet = arrival.packet(network, transport);
+    let kind = packet.transport.kind;
     if (frame.gso.is_some() || frame.checksum == Checksum::Blank)
-        && let Err(reason) = check_offload(core, frame, &packet)
+        && let Err(reason) = check_offload(core, frame, packet)
     {
         return Verdict::Drop(reason);
     }
-    if A::FAMILY == Family::Ipv6 && transport.kind == Kind::Udp && lacks_checksum(frame, &packet) {
+    if A::FAMILY == Family::Ipv6 && kind == Kind::Udp && lacks_checksum(frame, packet) {
         return Verdict::Drop(DropReason::BadChecksum);
     }
     // A10
-    let key = Key {
-        src: network.src,
-        dst: network.dst,
-        ports: transport.ports,
-        protocol: network.protocol,
-    };
+    let key = packet.key();
     let place = table.place(&key);
-    let trackable = is_trackable(transport.kind, reply);
-    if trackable
-        && !arrival.group_frame
-        && !network.source_routed
+    if is_trackable(kind, reply)
+        && !packet.group_frame
+        && !packet.network.source_routed
         && let Some(number) = table.find_at(place, &key, reply)
     {
-        let now = arrival.now;
-        match forward::follow(core, table, number, ingress, frame, &packet, now) {
+        match forward::follow(core, table, number, ingress, frame, packet, now) {
             Passage::Decided(verdict) => return verdict,
             Passage::NoFlow => {}
         }
     }
     if reply {
-        uplink::without_flow(core, table, frame, &packet, arrival.now)
-    } else {
-        let origin = client::Origin {
-            ingress,
-            source,
-            place,
-        };
-        client::without_flow(core, table, &origin, frame, &packet, arrival.now)
+        return uplink::without_flow(core, table, frame, packet, now);
     }
+    let origin = client::Origin {
+        ingress,
+        source,
+        place,
+    };
+    client::without_flow(core, table, &origin, frame, packet, now)
 }
 
 /// UDP over IPv6 must have a checksum (RFC 8200 8.1).

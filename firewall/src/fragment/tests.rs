@@ -26,9 +26,9 @@ fn frame(id: u16, range: core::ops::Range<usize>, more: bool) -> Vec<u8> {
 
 fn give(to: &mut Reassembly, from: Iface, bytes: &[u8], now: Time) -> Added {
     let len = u32::try_from(bytes.len()).unwrap();
-    let parts = ipv4::parse(bytes, len).unwrap();
-    let fragment = parts.network.fragment.unwrap();
-    to.add::<V4>(from, bytes, &parts.network, fragment, now)
+    let mut network = Network::default();
+    ipv4::parse(bytes, len, &mut network).unwrap();
+    to.add::<V4>(from, bytes, &network, network.fragment, now)
 }
 
 fn blocks_in_use(own: &Reassembly) -> usize {
@@ -55,11 +55,11 @@ fn datagram_is_complete_in_any_order() {
             Added::Complete(complete)
         );
         let whole = &own.buffer[..complete.len];
-        let parts = ipv4::parse(whole, 3042).unwrap();
-        assert!(parts.network.fragment.is_none());
+        let mut network = Network::default();
+        let transport = ipv4::parse(whole, 3042, &mut network).unwrap();
+        assert!(!network.is_fragment);
         assert!(
-            parts
-                .transport
+            transport
                 .iter()
                 .enumerate()
                 .all(|(at, byte)| usize::from(*byte) == at % 251)
@@ -206,8 +206,9 @@ fn ipv6_fragment_header_is_taken_out() {
     bytes.extend([44, 0, 1, 4, 0, 0, 0, 0]);
     bytes.extend([17, 0, 0, 0, 0, 0, 0, 9]);
     bytes.extend([0xab; 24]);
-    let parts = ipv6::parse(&bytes, 94).unwrap();
-    let (network, fragment) = (parts.network, parts.network.fragment.unwrap());
+    let mut network = Network::default();
+    ipv6::parse(&bytes, 94, &mut network).unwrap();
+    let fragment = network.fragment;
     // Atomic: no other fragments.
     let added = own.add::<V6>(CLIENT, &bytes, &network, fragment, NOW);
     assert_eq!(
@@ -217,10 +218,11 @@ fn ipv6_fragment_header_is_taken_out() {
             largest: 80
         })
     );
-    let parts = ipv6::parse(&own.buffer[..86], 86).unwrap();
-    assert_eq!((parts.network.protocol, parts.network.header_len), (17, 48));
-    assert!(parts.network.fragment.is_none());
-    assert_eq!(parts.transport, [0xab; 24]);
+    let mut network = Network::default();
+    let transport = ipv6::parse(&own.buffer[..86], 86, &mut network).unwrap();
+    assert_eq!(transport, [0xab; 24]);
+    assert_eq!((network.protocol, network.header_len), (17, 48));
+    assert!(!network.is_fragment);
 }
 
 proptest! {

@@ -85,18 +85,18 @@ impl Resolver {
         let Some(header) = frame.head.first_chunk() else {
             return false;
         };
-        if ethernet::audience(header, &uplink.mac) != ethernet::Audience::Us {
+        if !frame.head.starts_with(&uplink.mac) {
             return false;
         }
         let own6 = uplink.ip6.and_then(|own| V6::from_ip(own.into()));
         match ethernet::ethertype(header) {
-            ethernet::TYPE_IPV4 => match ipv4::parse(frame.head, frame.len) {
+            ethernet::TYPE_IPV4 => match ipv4::take_apart(frame.head, frame.len) {
                 Ok(parts) if parts.network.dst == uplink.ip4.to_bits() => {
                     self.receive_parts(&parts, frame.checksum, now)
                 }
                 _ => false,
             },
-            ethernet::TYPE_IPV6 => match ipv6::parse(frame.head, frame.len) {
+            ethernet::TYPE_IPV6 => match ipv6::take_apart(frame.head, frame.len) {
                 Ok(parts) if Some(parts.network.dst) == own6 => {
                     self.receive_parts(&parts, frame.checksum, now)
                 }
@@ -119,7 +119,7 @@ impl Resolver {
             _ => return false,
         };
         let len = usize::try_from(network.transport_len());
-        if network.fragment.is_some() || network.opaque || len != Ok(parts.transport.len()) {
+        if network.is_fragment || network.opaque || len != Ok(parts.transport.len()) {
             return false;
         }
         let server = network.src.to_ip();

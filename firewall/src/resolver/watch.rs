@@ -100,8 +100,14 @@ impl Resolver {
 /// The UDP payload of a whole packet, and whether its checksum is right or vouched for.
 fn message<'f>(frame: &'f Frame<'_>) -> Option<(&'f [u8], bool)> {
     match get_u16(frame.head, 12)? {
-        ethernet::TYPE_IPV4 => payload(&ipv4::parse(frame.head, frame.len).ok()?, frame.checksum),
-        ethernet::TYPE_IPV6 => payload(&ipv6::parse(frame.head, frame.len).ok()?, frame.checksum),
+        ethernet::TYPE_IPV4 => payload(
+            &ipv4::take_apart(frame.head, frame.len).ok()?,
+            frame.checksum,
+        ),
+        ethernet::TYPE_IPV6 => payload(
+            &ipv6::take_apart(frame.head, frame.len).ok()?,
+            frame.checksum,
+        ),
         _ => None,
     }
 }
@@ -110,7 +116,7 @@ fn payload<'f, A: Address>(parts: &Parts<'f, A>, state: Checksum) -> Option<(&'f
     let network = &parts.network;
     let bytes = parts.transport;
     let whole = usize::try_from(network.transport_len()) == Ok(bytes.len());
-    if network.protocol != protocol::UDP || network.fragment.is_some() || network.opaque || !whole {
+    if network.protocol != protocol::UDP || network.is_fragment || network.opaque || !whole {
         return None;
     }
     let len = usize::from(get_u16(bytes, 4)?);

@@ -19,17 +19,38 @@ pub(crate) const fn fold(sum: u64) -> u16 {
 }
 
 /// Adds `bytes` to a sum; an odd last byte counts as the high half of a word.
-pub(crate) fn add_bytes(mut sum: u64, bytes: &[u8]) -> u64 {
-    let (words, rest) = bytes.as_chunks::<4>();
+///
+/// Words are added as they lie in memory, with the carry brought round: a ones' complement sum of
+/// exchanged bytes is the sum with its bytes exchanged (RFC 1071 2 (B)).
+pub(crate) fn add_bytes(sum: u64, bytes: &[u8]) -> u64 {
+    let (words, rest) = bytes.as_chunks::<8>();
+    let mut own = 0_u64;
     for word in words {
-        // Cannot overflow: a frame has far fewer than 2^32 words.
-        sum = sum.wrapping_add(u64::from(u32::from_be_bytes(*word)));
+        own = add_around(own, u64::from_ne_bytes(*word));
     }
-    let mut last = [0; 4];
-    for (to, from) in last.iter_mut().zip(rest) {
-        *to = *from;
-    }
-    sum.wrapping_add(u64::from(u32::from_be_bytes(last)))
+    let rest = match rest.split_first_chunk::<4>() {
+        Some((word, rest)) => {
+            own = add_around(own, u64::from(u32::from_ne_bytes(*word)));
+            rest
+        }
+        None => rest,
+    };
+    let last = match rest {
+        [] => 0,
+        [a] => u32::from_ne_bytes([*a, 0, 0, 0]),
+        [a, b] => u32::from_ne_bytes([*a, *b, 0, 0]),
+        [a, b, c, ..] => u32::from_ne_bytes([*a, *b, *c, 0]),
+    };
+    own = add_around(own, u64::from(last));
+    sum.wrapping_add(u64::from(u16::from_be(fold(own))))
+}
+
+/// The ones' complement sum of two numbers.
+#[inline(always)]
+const fn add_around(a: u64, b: u64) -> u64 {
+    let (sum, carry) = a.overflowing_add(b);
+    // The sum is not the largest number if there was a carry.
+    sum.wrapping_add(carry as u64)
 }
 
 /// The field for a sum.
@@ -41,9 +62,8 @@ pub(crate) const fn field(sum: u64) -> u16 {
 /// The change of a sum when words that sum to `old` become words that sum to `new`. Never zero.
 #[inline]
 pub(crate) const fn delta(old: u64, new: u64) -> u16 {
-    // `!fold(old) + fold(new)` is zero only for old = 0xffff, new = 0.
-    let change = fold(!fold(old) as u64 + fold(new) as u64);
-    if change == 0 { 0xffff } else { change }
+    // A multiple of 0xffff that is larger than every old sum changes nothing.
+    fold((0xffff << 40) - old + new)
 }
 
 /// The change of a sum when both changes happen.
@@ -67,16 +87,13 @@ pub(crate) fn header_is_right(header: &[u8; 20]) -> bool {
     // A ones' complement sum does not depend on the byte order. Sums that fold to all ones are the
     // multiples of 0xffff, but for zero, which no header with a version sums to.
     let (words, rest) = header.as_chunks::<8>();
-    let mut sum = 0_u64;
-    for word in words {
-        let (next, carry) = sum.overflowing_add(u64::from_ne_bytes(*word));
-        sum = next + u64::from(carry);
-    }
+    let sum = words
+        .iter()
+        .fold(0, |sum, word| add_around(sum, u64::from_ne_bytes(*word)));
     let last = rest
         .first_chunk()
         .map_or(0, |word| u32::from_ne_bytes(*word));
-    let (next, carry) = sum.overflowing_add(u64::from(last));
-    (next.wrapping_add(u64::from(carry))) % 0xffff == 0
+    add_around(sum, u64::from(last)).is_multiple_of(0xffff)
 }
 
 #[cfg(test)]

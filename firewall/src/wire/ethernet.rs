@@ -19,29 +19,6 @@ pub(crate) fn addresses(destination: Mac, source: Mac) -> Addresses {
     [a, b, c, d, e, f, g, h, i, j, k, l]
 }
 
-/// Whom a frame is addressed to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Audience {
-    /// Exactly us.
-    Us,
-    /// Everybody, or a group.
-    Group,
-    /// Somebody else.
-    Other,
-}
-
-/// Whom the frame is addressed to, if our own address is `own`.
-#[inline]
-pub(crate) fn audience(header: &[u8; HEADER], own: &Mac) -> Audience {
-    if header.first_chunk::<6>() == Some(own) {
-        Audience::Us
-    } else if header[0] & 1 != 0 {
-        Audience::Group
-    } else {
-        Audience::Other
-    }
-}
-
 /// The type of the payload.
 #[inline]
 pub(crate) const fn ethertype(header: &[u8; HEADER]) -> u16 {

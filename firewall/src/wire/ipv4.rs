@@ -19,8 +19,9 @@ const OPTION_NOP: u8 = 1;
 const OPTION_LOOSE_ROUTE: u8 = 131;
 const OPTION_STRICT_ROUTE: u8 = 137;
 
-/// The network layer of a packet, whatever its family.
-#[derive(Clone, Copy, Debug)]
+/// The network layer of a packet, whatever its family. Parsers fill it in where it lies: it is not
+/// copied from stage to stage.
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Network<A> {
     pub(crate) src: A,
     pub(crate) dst: A,
@@ -37,8 +38,10 @@ pub(crate) struct Network<A> {
     pub(crate) header_len: u16,
     /// Bytes of the whole packet.
     pub(crate) total_len: u32,
-    /// Set if it is a fragment.
-    pub(crate) fragment: Option<Fragment>,
+    /// Whether it is a fragment.
+    pub(crate) is_fragment: bool,
+    /// Which one, if it is one.
+    pub(crate) fragment: Fragment,
 }
 
 impl<A> Network<A> {
@@ -50,7 +53,7 @@ impl<A> Network<A> {
 }
 
 /// Which part of a datagram a fragment is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Fragment {
     pub(crate) id: u32,
     /// In bytes.
@@ -58,6 +61,53 @@ pub(crate) struct Fragment {
     pub(crate) more: bool,
     /// Where the field that names the protocol after the fragment header is, for IPv6.
     pub(crate) previous_next_header: u16,
+}
+
+/// Takes an IPv4 packet apart and checks its header completely. Returns the transport header and as much
+/// of the payload as is in the head, and nothing after the packet.
+#[inline(always)]
+pub(crate) fn parse<'f>(
+    head: &'f [u8],
+    frame_len: u32,
+    network: &mut Network<V4>,
+) -> Result<&'f [u8], DropReason> {
+    let (_, rest) = head
+        .split_first_chunk::<ETHERNET>()
+        .ok_or(DropReason::MalformedFrame)?;
+    let (h, rest) = rest
+        .split_first_chunk::<MIN_HEADER>()
+        .ok_or(DropReason::MalformedIpv4)?;
+    let total_len = u32::from(u16::from_be_bytes([h[2], h[3]]));
+    if h[0] >> 4 != 4 || total_len > frame_len.saturating_sub(14) {
+        return Err(DropReason::MalformedIpv4);
+    }
+    network.total_len = total_len;
+    let (transport, transport_len) = if h[0] == 0x45 {
+        let len = total_len.checked_sub(20).ok_or(DropReason::MalformedIpv4)?;
+        if !checksum::header_is_right(h) {
+            return Err(DropReason::BadHeaderChecksum);
+        }
+        network.header_len = 20;
+        (rest, len)
+    } else {
+        (options(h, rest, network)?, network.transport_len())
+    };
+    let flags = u16::from_be_bytes([h[6], h[7]]);
+    network.src = u32::from_be_bytes([h[12], h[13], h[14], h[15]]);
+    network.dst = u32::from_be_bytes([h[16], h[17], h[18], h[19]]);
+    network.protocol = h[9];
+    network.ttl = h[8];
+    network.dont_fragment = flags & DONT_FRAGMENT != 0;
+    if flags & (MORE_FRAGMENTS | OFFSET_MASK) != 0 {
+        network.is_fragment = true;
+        network.fragment = Fragment {
+            id: u32::from(u16::from_be_bytes([h[4], h[5]])),
+            offset: (flags & OFFSET_MASK) << 3,
+            more: flags & MORE_FRAGMENTS != 0,
+            previous_next_header: 0,
+        };
+    }
+    Ok(within(transport, transport_len))
 }
 
 /// A packet taken apart.
@@ -68,58 +118,21 @@ pub(crate) struct Parts<'f, A> {
     pub(crate) network: Network<A>,
 }
 
-/// Takes an IPv4 packet apart and checks its header completely.
-#[inline(always)]
-pub(crate) fn parse(head: &[u8], frame_len: u32) -> Result<Parts<'_, V4>, DropReason> {
-    let (_, rest) = head
-        .split_first_chunk::<ETHERNET>()
-        .ok_or(DropReason::MalformedFrame)?;
-    let (h, rest) = rest
-        .split_first_chunk::<MIN_HEADER>()
-        .ok_or(DropReason::MalformedIpv4)?;
-    let total_len = u32::from(u16::from_be_bytes([h[2], h[3]]));
-    let available = frame_len.saturating_sub(14);
-    if h[0] >> 4 != 4 || total_len > available {
-        return Err(DropReason::MalformedIpv4);
-    }
-    let flags = u16::from_be_bytes([h[6], h[7]]);
-    let mut network = Network {
-        src: u32::from_be_bytes([h[12], h[13], h[14], h[15]]),
-        dst: u32::from_be_bytes([h[16], h[17], h[18], h[19]]),
-        protocol: h[9],
-        ttl: h[8],
-        dont_fragment: flags & DONT_FRAGMENT != 0,
-        source_routed: false,
-        opaque: false,
-        header_len: 20,
-        total_len,
-        fragment: None,
-    };
-    let transport = if h[0] == 0x45 {
-        if total_len < 20 {
-            return Err(DropReason::MalformedIpv4);
-        }
-        if !checksum::header_is_right(h) {
-            return Err(DropReason::BadHeaderChecksum);
-        }
-        rest
-    } else {
-        options(h, rest, &mut network)?
-    };
-    if flags & (MORE_FRAGMENTS | OFFSET_MASK) != 0 {
-        network.fragment = Some(Fragment {
-            id: u32::from(u16::from_be_bytes([h[4], h[5]])),
-            offset: (flags & OFFSET_MASK) << 3,
-            more: flags & MORE_FRAGMENTS != 0,
-            previous_next_header: 0,
-        });
-    }
-    let len = usize::try_from(network.transport_len()).unwrap_or(0);
-    let transport = match transport.len() > len {
-        true => transport.get(..len).unwrap_or_default(),
-        false => transport,
-    };
+/// [`parse`], for packets that are rare.
+#[inline(never)]
+pub(crate) fn take_apart(head: &[u8], frame_len: u32) -> Result<Parts<'_, V4>, DropReason> {
+    let mut network = Network::default();
+    let transport = parse(head, frame_len, &mut network)?;
     Ok(Parts { transport, network })
+}
+
+/// At most `len` bytes.
+#[inline(always)]
+pub(crate) fn within(bytes: &[u8], len: u32) -> &[u8] {
+    match usize::try_from(len).ok().and_then(|len| bytes.get(..len)) {
+        Some(bytes) => bytes,
+        None => bytes,
+    }
 }
 
 /// Checks a header with options; returns what follows it.
@@ -214,7 +227,8 @@ mod tests {
 
     fn network(bytes: &mut [u8]) -> Result<Network<V4>, DropReason> {
         let len = u32::try_from(bytes.len()).unwrap();
-        parse(bytes, len).map(|parts| parts.network)
+        let mut network = Network::default();
+        parse(bytes, len, &mut network).map(|_| network)
     }
 
     #[test]
@@ -257,6 +271,6 @@ mod tests {
     fn padding_after_the_packet_is_not_transport() {
         let mut bytes = frame(&[]);
         bytes.extend([0; 18]);
-        assert_eq!(parse(&bytes, 60).unwrap().transport.len(), 8);
+        assert_eq!(parse(&bytes, 60, &mut Network::default()).unwrap().len(), 8);
     }
 }

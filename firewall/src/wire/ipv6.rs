@@ -7,7 +7,7 @@
 //! Source: RFC 8200, RFC 5095 (routing headers), RFC 6946 (atomic fragments); `qubes-policy.md` D2.
 
 use super::ethernet::HEADER as ETHERNET;
-use super::ipv4::{Fragment, Network, Parts};
+use super::ipv4::{Fragment, Network, Parts, within};
 use super::protocol;
 use crate::address::V6;
 use crate::verdict::DropReason;
@@ -22,9 +22,13 @@ const MAX_EXTENSIONS: usize = 8;
 /// [`crate::frame::MAX_EDITED`] bytes.
 const MAX_HEADERS: u16 = 160;
 
-/// Takes an IPv6 packet apart.
+/// Takes an IPv6 packet apart. Returns what [`super::ipv4::parse`] does.
 #[inline(always)]
-pub(crate) fn parse(head: &[u8], frame_len: u32) -> Result<Parts<'_, V6>, DropReason> {
+pub(crate) fn parse<'f>(
+    head: &'f [u8],
+    frame_len: u32,
+    network: &mut Network<V6>,
+) -> Result<&'f [u8], DropReason> {
     let (_, rest) = head
         .split_first_chunk::<ETHERNET>()
         .ok_or(DropReason::MalformedFrame)?;
@@ -40,30 +44,28 @@ pub(crate) fn parse(head: &[u8], frame_len: u32) -> Result<Parts<'_, V6>, DropRe
         let bytes = h.get(at..).and_then(<[u8]>::first_chunk).copied();
         u64::from_be_bytes(bytes.unwrap_or_default())
     };
-    let mut network = Network {
-        src: V6(word(8), word(16)),
-        dst: V6(word(24), word(32)),
-        protocol: h[6],
-        ttl: h[7],
-        dont_fragment: true,
-        source_routed: false,
-        opaque: false,
-        header_len: 40,
-        total_len,
-        fragment: None,
-    };
-    let len = usize::try_from(payload_len).unwrap_or(0);
-    let payload = match rest.len() > len {
-        true => rest.get(..len).unwrap_or_default(),
-        false => rest,
-    };
-    let transport = match network.protocol {
-        protocol::TCP | protocol::UDP | protocol::ICMPV6 => payload,
+    network.src = V6(word(8), word(16));
+    network.dst = V6(word(24), word(32));
+    network.protocol = h[6];
+    network.ttl = h[7];
+    network.dont_fragment = true;
+    network.header_len = 40;
+    network.total_len = total_len;
+    let payload = within(rest, payload_len);
+    match network.protocol {
+        protocol::TCP | protocol::UDP | protocol::ICMPV6 => Ok(payload),
         _ => {
-            let skip = walk(payload, &mut network)?;
-            payload.get(skip..).ok_or(DropReason::MalformedIpv6)?
+            let skip = walk(payload, network)?;
+            payload.get(skip..).ok_or(DropReason::MalformedIpv6)
         }
-    };
+    }
+}
+
+/// [`parse`], for packets that are rare.
+#[inline(never)]
+pub(crate) fn take_apart(head: &[u8], frame_len: u32) -> Result<Parts<'_, V6>, DropReason> {
+    let mut network = Network::default();
+    let transport = parse(head, frame_len, &mut network)?;
     Ok(Parts { transport, network })
 }
 
@@ -88,12 +90,13 @@ fn walk(payload: &[u8], network: &mut Network<V6>) -> Result<usize, DropReason> 
                 let header = first(payload, at)?;
                 let offset = u16::from_be_bytes([header[2], header[3]]);
                 let id = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
-                network.fragment = Some(Fragment {
+                network.is_fragment = true;
+                network.fragment = Fragment {
                     id,
                     offset: offset & !7,
                     more: offset & 1 != 0,
                     previous_next_header: named_at,
-                });
+                };
                 network.protocol = header[0];
                 network.header_len = offset_from_header(at + 8)?;
                 // What follows the header of a later fragment is payload.
@@ -198,7 +201,8 @@ mod tests {
         );
         bytes.extend(payload);
         let len = u32::try_from(bytes.len()).unwrap();
-        parse(&bytes, len).map(|parts| parts.network)
+        let mut network = Network::default();
+        parse(&bytes, len, &mut network).map(|_| network)
     }
 
     #[test]
@@ -244,8 +248,7 @@ mod tests {
     fn fragment_header_names_its_part() {
         let fragment = network(44, &[17, 0, 0x05, 0x79, 0, 0, 0, 9])
             .unwrap()
-            .fragment
-            .unwrap();
+            .fragment;
         assert_eq!(
             (fragment.id, fragment.offset, fragment.more),
             (9, 0x578, true)

@@ -28,6 +28,12 @@ pub(crate) const fn mac_word(mac: Mac) -> u64 {
     u64::from_le_bytes([0, 0, a, b, c, d, e, f])
 }
 
+/// The Ethernet destination in the high 48 bits.
+#[inline(always)]
+pub(crate) fn destination(header: &[u8; ethernet::HEADER]) -> u64 {
+    u64::from_le_bytes(field::<{ ethernet::HEADER }, 0, 8>(header)) << 16
+}
+
 /// The bytes at the place where IPv4 and IPv6 say that they are: the Ethernet type, and the first byte
 /// of the IP header.
 #[inline(always)]

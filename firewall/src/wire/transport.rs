@@ -17,7 +17,7 @@ pub(crate) const TCP_HEADER: usize = 20;
 pub(crate) const UDP_HEADER: usize = 8;
 
 /// What kind of packet it is for tracking.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Kind {
     Tcp,
     Udp,
@@ -30,11 +30,12 @@ pub(crate) enum Kind {
     /// Any other ICMP message.
     OtherIcmp,
     /// Any other protocol: tracked by address pair.
+    #[default]
     Other,
 }
 
 /// The transport layer of a packet.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Transport {
     pub(crate) kind: Kind,
     /// Source selector in the high half, destination selector in the low half. Selectors are ports;
@@ -169,6 +170,7 @@ pub(crate) fn checksum_is_right<A: Address>(network: &Network<A>, bytes: &[u8]) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::ipv4::Fragment;
 
     fn network(protocol: u8, len: u32) -> Network<u32> {
         Network {
@@ -181,7 +183,8 @@ mod tests {
             opaque: false,
             header_len: 20,
             total_len: 20 + len,
-            fragment: None,
+            is_fragment: false,
+            fragment: Fragment::default(),
         }
     }
 

@@ -2,6 +2,14 @@ use super::*;
 
 const PS: u8 = 0x08;
 
+/// The sides that a flow starts with.
+fn start(segment: &Segment, options: &[u8]) -> Result<(Side, Side), DropReason> {
+    segment.may_start()?;
+    let (mut sender, mut receiver) = (Side::default(), Side::default());
+    segment.start(options, &mut sender, &mut receiver);
+    Ok((sender, receiver))
+}
+
 fn segment(seq: u32, ack: u32, flags: u8, payload: u32) -> Segment {
     let mut header = [0; 20];
     header[4..8].copy_from_slice(&seq.to_be_bytes());

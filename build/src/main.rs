@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use xtask::bench_command::{self, BenchArguments};
 use xtask::demo_command::{self, DemoArguments};
+use xtask::fwsim::{self, FwsimArguments};
 use xtask::host::Unusable;
 use xtask::image::{self, ImageArguments};
 use xtask::lab_command::{self, LabArguments};
@@ -38,6 +39,8 @@ enum Command {
     Test(TestArguments),
     /// Measures the engine, and transfers with and without the firewall.
     Bench(BenchArguments),
+    /// Tells what the firewall would do with captured frames.
+    Fwsim(FwsimArguments),
     /// Builds the bootable image and says what it is.
     Image(ImageArguments),
     /// Makes what a Qubes user carries into dom0: kernel, installer, Salt state, one archive.
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Demo(arguments) => demo_command::run(&workspace, &screen, arguments),
         Command::Test(arguments) => test_command::run(&workspace, &screen, arguments),
         Command::Bench(arguments) => bench_command::run(&workspace, &screen, arguments),
+        Command::Fwsim(arguments) => fwsim::run(arguments),
         Command::Image(arguments) => image::run(&workspace, &screen, arguments),
         Command::Package(arguments) => package::run(&workspace, &screen, arguments),
         Command::Lab(arguments) => lab_command::run(&workspace, &screen, arguments),

@@ -32,7 +32,7 @@ use firewall::{
 };
 use xenstore::ConfigEvent;
 
-use crate::offload;
+pub use crate::offload::complete_bytes as complete_checksum;
 use crate::settings::{Report, Settings, Target};
 use crate::snapshot::Rules;
 
@@ -357,7 +357,7 @@ fn copy(frame: &Frame<'_>) -> Option<Vec<u8>> {
     if bytes.len() != len || frame.gso.is_some() {
         return None;
     }
-    if frame.checksum == Checksum::Blank && !offload::complete_bytes(&mut bytes) {
+    if frame.checksum == Checksum::Blank && !complete_checksum(&mut bytes) {
         return None;
     }
     Some(bytes)

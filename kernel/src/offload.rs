@@ -134,8 +134,10 @@ pub(crate) fn complete(frame: &mut Frame) -> bool {
     true
 }
 
-/// The same for a frame in one piece.
-pub(crate) fn complete_bytes(frame: &mut [u8]) -> bool {
+/// Finishes the checksum of a frame in one piece that has only the pseudo-header sum in its place.
+///
+/// Returns whether the frame was one that can have such a checksum; if not, it is unchanged.
+pub fn complete_bytes(frame: &mut [u8]) -> bool {
     let Some(place) = Place::of(frame, frame.len()) else {
         return false;
     };

@@ -31,9 +31,10 @@ use crate::client::{Counters, Fatal, Moved};
 use crate::config::ConfigEvent;
 use crate::control::ControlEvent;
 use crate::frontend::{Uplink, UplinkEvent, UplinkRings, UplinkStatus};
+use crate::nodes::{NodeAnswer, NodeRequest, Nodes};
 use crate::store::Store;
 use crate::task::{Context, Tasks};
-use crate::{backend, config, control, frontend};
+use crate::{backend, config, control, frontend, nodes};
 
 /// How often [`ControlPlane::poll`] lets tasks and stream take turns before the main loop gets its turn again.
 const MAX_EXCHANGES: usize = 16;
@@ -81,6 +82,9 @@ pub struct ControlPlane {
     tasks: Tasks,
     vifs: Rc<Vifs>,
     uplink: Rc<Uplink>,
+    nodes: Rc<Nodes>,
+    /// The task for [`Nodes`] runs.
+    serves_nodes: bool,
 }
 
 impl ControlPlane {
@@ -95,6 +99,8 @@ impl ControlPlane {
             tasks: Tasks::default(),
             vifs,
             uplink,
+            nodes: Rc::default(),
+            serves_nodes: false,
         };
         this.start(options);
         this
@@ -118,6 +124,22 @@ impl ControlPlane {
         if let Some(root) = options.config {
             let _ = store.spawn(config::run(store.clone(), root));
         }
+    }
+
+    /// Hands over something to do with a node that is no device's. The first one starts the task for it.
+    pub fn submit(&mut self, request: NodeRequest) {
+        if !self.serves_nodes {
+            let store = self.store();
+            let task = nodes::run(store.clone(), Rc::clone(&self.nodes));
+            self.serves_nodes = store.spawn(task).is_ok();
+        }
+        self.nodes.submit(request);
+        self.context.wake();
+    }
+
+    /// What came of what was submitted, in the order in which it came.
+    pub fn next_answer(&mut self) -> Option<NodeAnswer> {
+        self.nodes.next_answer()
     }
 
     /// Moves bytes between us and xenstored and runs the tasks that this, or the time, concerns. Never waits.

@@ -16,6 +16,7 @@
 //! | [`frontend`] | the uplink: the frontend's side |
 //! | [`control`] | `control/shutdown` and its neighbours |
 //! | [`config`] | settings below `vm-data`, as a stream of changes |
+//! | [`nodes`] | nodes that are no device's, on behalf of the kernel |
 //! | [`control_plane`] | the one value that the kernel owns |
 //! | `fake` | a xenstored, toolstack and peers for host tests (feature `fake`) |
 //!
@@ -68,6 +69,7 @@ pub mod control_plane;
 pub mod fake;
 pub mod frontend;
 mod limiter;
+pub mod nodes;
 pub mod state;
 pub mod store;
 mod table;
@@ -80,6 +82,7 @@ pub use config::ConfigEvent;
 pub use control::{ControlEvent, Shutdown};
 pub use control_plane::{ControlPlane, Event, Options};
 pub use frontend::{UplinkEvent, UplinkFeatures, UplinkOffer, UplinkRings, UplinkStatus};
+pub use nodes::{NodeAnswer, NodeRequest};
 pub use state::XenbusState;
 pub use store::{Error, Store};
 

@@ -14,7 +14,7 @@ use core::pin::Pin;
 use core::task::{Context as TaskContext, Poll};
 use core::time::Duration;
 
-use xen::Time;
+use xen::{DomId, Time};
 
 use crate::client::{Dirty, Ticket, WatchError, WatchId};
 use crate::task::{Context, TooManyTasks};
@@ -70,6 +70,11 @@ impl Store {
     /// Removes a node and everything below it.
     pub fn remove(&self, path: &str) -> Reply<()> {
         self.request(&Request::Remove(path), 0, |_| Ok(()))
+    }
+
+    /// Lets `owner` own a node, `reader` read it, and nobody else do anything with it.
+    pub fn share(&self, path: &str, owner: DomId, reader: DomId) -> Reply<()> {
+        self.request(&Request::Share(path, owner, reader), 0, |_| Ok(()))
     }
 
     /// Creates an empty node.

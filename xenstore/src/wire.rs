@@ -8,8 +8,11 @@
 //!
 //! Source: Xen `public/io/xs_wire.h`, `docs/misc/xenstore.txt`.
 
+use alloc::format;
 use alloc::vec::Vec;
 use core::fmt::Write as _;
+
+use xen::DomId;
 
 /// Bytes of a header.
 pub const HEADER_LEN: usize = 16;
@@ -40,6 +43,8 @@ pub mod kind {
     pub const MKDIR: u32 = 12;
     /// Remove a node and everything below it.
     pub const RM: u32 = 13;
+    /// Set a node's owner and who else may do what.
+    pub const SET_PERMS: u32 = 14;
     /// A watch fired (from the store, unasked).
     pub const WATCH_EVENT: u32 = 15;
     /// The reply to a request that failed.
@@ -140,6 +145,8 @@ pub enum Request<'a> {
     MakeDirectory(&'a str),
     /// Remove a node and everything below it.
     Remove(&'a str),
+    /// Let the first domain own a node, the second one read it, and nobody else do anything.
+    Share(&'a str, DomId, DomId),
     /// Watch a node and everything below it; the token comes back in each event.
     Watch(&'a str, &'a str),
     /// Undo a [`Request::Watch`] with the same path and token.
@@ -163,6 +170,7 @@ impl Request<'_> {
             Self::Write(..) => kind::WRITE,
             Self::MakeDirectory(_) => kind::MKDIR,
             Self::Remove(_) => kind::RM,
+            Self::Share(..) => kind::SET_PERMS,
             Self::Watch(..) => kind::WATCH,
             Self::Unwatch(..) => kind::UNWATCH,
             Self::TransactionStart => kind::TRANSACTION_START,
@@ -195,6 +203,11 @@ impl Request<'_> {
                     return Err(RequestError::PayloadTooLong);
                 }
                 payload.extend_from_slice(value);
+            }
+            Self::Share(path, owner, reader) => {
+                push_path(&mut payload, path)?;
+                push_text(&mut payload, &format!("n{owner}"));
+                push_text(&mut payload, &format!("r{reader}"));
             }
             Self::Watch(path, token) | Self::Unwatch(path, token) => {
                 push_path(&mut payload, path)?;
@@ -425,6 +438,8 @@ mod tests {
         let payload = |request: Request<'_>| request.encode(3).unwrap().payload;
         assert_eq!(payload(Request::Watch("a", "7")), b"a\x007\0");
         assert_eq!(payload(Request::TransactionEnd(false)), b"F\0");
+        let share = Request::Share("a", DomId(7), DomId(0));
+        assert_eq!(payload(share), b"a\0n7\0r0\0");
         assert_eq!(payload(Request::DirectoryPart("a", 4000)), b"a\x004000\0");
     }
 

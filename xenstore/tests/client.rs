@@ -15,12 +15,15 @@ use std::time::Duration;
 
 use kit::{Bench, SELF, client_vif};
 use proptest::prelude::*;
-use xen::Time;
 use xen::stream::{ByteStream, StreamError};
+use xen::{DomId, Time};
 use xenstore::client::{Client, Dirty, Fatal};
-use xenstore::fake::{Chunking, FakeFrontend};
+use xenstore::fake::{Access, Chunking, FakeFrontend};
 use xenstore::wire::{ErrorCode, Header, Request, RequestError, kind};
-use xenstore::{Error, MAX_OUTSTANDING, MAX_QUEUED, MAX_WATCHES, Options, SILENCE_LIMIT, Store};
+use xenstore::{
+    Error, MAX_OUTSTANDING, MAX_QUEUED, MAX_WATCHES, NodeAnswer, NodeRequest, Options,
+    SILENCE_LIMIT, Store,
+};
 
 /// A bench with no tasks of its own.
 fn bare() -> Bench {
@@ -557,4 +560,61 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn nodes_are_published_read_watched_and_removed_on_behalf_of_the_kernel() {
+    let mut bench = bare();
+    let home = format!("/local/domain/{SELF}");
+    bench
+        .store
+        .create(&format!("{home}/data"), "", SELF, &[], Access::None);
+    for request in [
+        NodeRequest::Publish {
+            path: "data/vchan/0/512/event-channel".into(),
+            value: "14".into(),
+            owner: SELF,
+            reader: DomId::DOM0,
+        },
+        NodeRequest::Watch {
+            path: "data/watched".into(),
+            token: 7,
+        },
+        NodeRequest::Read {
+            path: "data/vchan/0/512/event-channel".into(),
+            token: 8,
+        },
+        NodeRequest::Read {
+            path: "data/absent".into(),
+            token: 9,
+        },
+    ] {
+        bench.plane.submit(request);
+    }
+    bench.settle();
+    let mut answers = Vec::new();
+    while let Some(answer) = bench.plane.next_answer() {
+        answers.push(answer);
+    }
+    assert!(answers.contains(&NodeAnswer::Fired(7)), "{answers:?}");
+    assert!(answers.contains(&NodeAnswer::Read(8, Some(b"14".to_vec()))));
+    assert!(answers.contains(&NodeAnswer::Read(9, None)));
+
+    bench.store.write(&format!("{home}/data/watched"), "x");
+    bench.settle();
+    assert_eq!(bench.plane.next_answer(), Some(NodeAnswer::Fired(7)));
+    assert_eq!(bench.plane.next_answer(), None);
+    let held = bench.plane.watch_count();
+    bench.plane.submit(NodeRequest::Unwatch { token: 7 });
+    bench.plane.submit(NodeRequest::Remove {
+        path: "data/vchan/0/512".into(),
+    });
+    bench.settle();
+    assert_eq!(bench.plane.watch_count(), held - 1);
+    bench.plane.submit(NodeRequest::Read {
+        path: "data/vchan/0/512/event-channel".into(),
+        token: 10,
+    });
+    bench.settle();
+    assert_eq!(bench.plane.next_answer(), Some(NodeAnswer::Read(10, None)));
 }

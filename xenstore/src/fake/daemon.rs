@@ -353,6 +353,34 @@ impl Daemon {
                 self.remove_in(domain, id, &path()?)?;
                 ok()
             }
+            kind::SET_PERMS => {
+                let path = path()?;
+                // `n7` owns; `r0`, `w0` and `b0` may read, write, and both.
+                let permission = |word: &[u8]| -> Result<(u8, u16), &'static str> {
+                    let (kind, id) = word.split_first().ok_or("EINVAL")?;
+                    let id = text(id)?.parse().map_err(|_| "EINVAL")?;
+                    Ok((*kind, id))
+                };
+                let (others, owner) = permission(words.next().ok_or("EINVAL")?)?;
+                if others != b'n' {
+                    return Err("EINVAL");
+                }
+                let mut readers = Vec::new();
+                for word in words {
+                    let (kind, id) = permission(word)?;
+                    match kind {
+                        b'r' => readers.push((id, Access::Read)),
+                        b'b' => readers.push((id, Access::Both)),
+                        _ => return Err("EINVAL"),
+                    }
+                }
+                if !self.tree.is_owner(domain, &path) {
+                    return Err("EACCES");
+                }
+                self.tree
+                    .set_permissions(&path, owner, &readers, Access::None);
+                ok()
+            }
             kind::WATCH => {
                 let node = path()?;
                 let token = text(words.next().ok_or("EINVAL")?)?.to_owned();

@@ -247,6 +247,12 @@ impl Tree {
         }
     }
 
+    /// Whether a domain may change who may do what with a node.
+    pub(super) fn is_owner(&self, domain: u16, path: &str) -> bool {
+        let owner = self.nodes.get(path).map(|node| node.owner);
+        owner.is_some_and(|owner| domain == 0 || domain == owner)
+    }
+
     pub(super) fn set_permissions(
         &mut self,
         path: &str,

@@ -30,6 +30,7 @@ use firewall::{
     AttachError, Checksum, ClientConfig, ClientId, Engine, Frame, Generated, Iface, Limits, Time,
     UplinkConfig, Verdict, Work,
 };
+use qubes::store::Store;
 use xenstore::ConfigEvent;
 
 pub use crate::offload::complete_bytes as complete_checksum;
@@ -148,6 +149,21 @@ impl Filter {
     /// Takes in a change of the settings. Rules come into force within the next [`Filter::tick`]s.
     pub fn change(&mut self, event: ConfigEvent, now: Time) {
         self.settings.change(&mut self.target, event, now);
+    }
+
+    /// dom0's keys, for a source that writes them itself; call [`Filter::follow_keys`] afterwards.
+    pub const fn keys(&mut self) -> &mut Store {
+        self.settings.keys()
+    }
+
+    /// Puts in force what changed in the keys.
+    pub fn follow_keys(&mut self, now: Time) {
+        self.settings.follow(&mut self.target, now);
+    }
+
+    /// All existing settings have been seen: what is missing now is missing.
+    pub fn settings_complete(&mut self, now: Time) {
+        self.settings.complete(&mut self.target, now);
     }
 
     /// Decides a batch of frames, in order, and rewrites those that go on. Take what [`Filter::next_generated`] has

@@ -11,6 +11,8 @@
 //! | [`filter`] | engine, resolver and settings as one, without drivers; what `xtask fwsim` runs, too |
 //! | [`devices`] | obeys the xenbus handshakes: connects and disconnects drivers |
 //! | [`settings`] | what dom0 says, put in force: addresses, resolvers, rules |
+//! | [`source`] | whether QubesDB or xenstore configures us |
+//! | [`qubes_link`], `operator` | QubesDB and qrexec, and what calls from dom0 act on |
 //! | [`snapshot`] | everything that can be seen from outside, as one encodable value |
 //! | [`command`] | the operator's commands, which render a snapshot |
 //! | [`terminal`], [`logger`] | the console: lines in, text and log lines out, all bounded |
@@ -31,8 +33,11 @@ pub mod logger;
 pub mod machine;
 mod observe;
 mod offload;
+mod operator;
 pub mod pace;
 pub mod plan;
+pub mod qubes_link;
 pub mod settings;
 pub mod snapshot;
+pub mod source;
 pub mod terminal;

@@ -1,18 +1,20 @@
-//! The whole firewall: control plane, settings, devices, data path and console, moved on in one loop.
+//! The whole firewall: control plane, dom0's channels, settings, devices, data path and console, moved on in one loop.
 //!
 //! [`Firewall::step`] is one iteration. Nothing in it waits but [`Hypervisor::wait`] at its end, and only when
 //! all rings are armed and empty; work on the control plane is done in small pieces between bursts of frames.
 //! The same code runs on Xen and on the host over the fake hypervisor.
 
 use alloc::borrow::Cow;
+use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::time::Duration;
 
 use firewall::Limits;
+use qubes::qrexec;
 use xen::stream::ByteStream;
-use xen::{Hypervisor, PortNumber, Time};
-use xenstore::{ControlEvent, ControlPlane, Event, Shutdown};
+use xen::{Hypervisor, HypervisorCounters, PortNumber, Time};
+use xenstore::{ConfigEvent, ControlEvent, ControlPlane, Event, Shutdown};
 
 use crate::command::{self, Invocation};
 use crate::data_path::DataPath;
@@ -20,8 +22,11 @@ use crate::devices::{Change, Devices};
 use crate::filter::{Filter, Options};
 use crate::logger::LOGGER;
 use crate::observe;
+use crate::operator::Operator;
 use crate::pace::Pace;
+use crate::qubes_link::QubesLink;
 use crate::snapshot::{Client, Counter, Memory, Scope, Snapshot, Uplink};
+use crate::source::Source;
 use crate::terminal::Terminal;
 
 /// Flows and fragments that may be expired in one iteration.
@@ -48,6 +53,28 @@ pub struct Setup {
     pub ports: Vec<PortNumber>,
     /// Switches on the kernel command line.
     pub options: Options,
+    /// Where the settings come from, if the command line decides that.
+    pub source: Source,
+}
+
+/// What a snapshot takes from the hypervisor.
+#[derive(Clone, Copy, Debug)]
+pub struct MachineView {
+    now: Time,
+    counters: HypervisorCounters,
+    free_pages: usize,
+}
+
+impl MachineView {
+    /// As it is now.
+    #[must_use]
+    pub fn of<H: Hypervisor>(hv: &H) -> Self {
+        Self {
+            now: hv.now(),
+            counters: hv.counters(),
+            free_pages: hv.free_pages(),
+        }
+    }
 }
 
 /// How long it took to become ready for clients.
@@ -78,6 +105,11 @@ pub struct Firewall {
     data: DataPath,
     devices: Devices,
     terminal: Terminal,
+    /// Until it is known that this is no Qubes OS.
+    qubes: Option<Box<QubesLink>>,
+    source: Source,
+    /// All of `vm-data` was seen while the source was open.
+    seen_all: bool,
     setup: Setup,
     heap: HeapUse,
     pace: Option<Pace>,
@@ -95,6 +127,9 @@ impl Firewall {
             data: DataPath::new(filter),
             devices: Devices::new(setup.rx_buffers),
             terminal: Terminal::new(),
+            qubes: Some(Box::new(QubesLink::new())),
+            source: setup.source,
+            seen_all: false,
             setup,
             heap,
             pace: None,
@@ -118,7 +153,8 @@ impl Firewall {
         if !self.control_plane(hv, store, now) {
             return Step::StoreLost;
         }
-        self.serve_console(console, hv);
+        let dom0_busy = self.dom0(hv, now);
+        self.serve_console(console, &MachineView::of(hv));
         if let Some(end) = self.end {
             return Step::End(end);
         }
@@ -136,7 +172,7 @@ impl Firewall {
             .data
             .filter
             .tick(filter_time(now), EXPIRIES_PER_ITERATION);
-        if moved || busy {
+        if moved || busy || dom0_busy {
             hv.refresh_time();
             return Step::Continue;
         }
@@ -153,6 +189,7 @@ impl Firewall {
     /// Sleeps until a port is pending or something is due.
     fn sleep<H: Hypervisor>(&self, hv: &mut H, now: Time) {
         let mut ports = self.setup.ports.clone();
+        ports.extend(self.qubes.iter().flat_map(|qubes| qubes.ports()));
         ports.extend(self.data.ports());
         hv.wait(&ports, Some(self.deadline(now)));
     }
@@ -161,7 +198,8 @@ impl Firewall {
     fn deadline(&self, now: Time) -> Time {
         let filter = self.data.filter.next_deadline(filter_time(now));
         let filter = filter.map(|time| Time(time.as_nanos()));
-        [filter, self.data.deadline(), self.control.deadline()]
+        let qubes = self.qubes.as_ref().and_then(|qubes| qubes.deadline());
+        [filter, qubes, self.data.deadline(), self.control.deadline()]
             .into_iter()
             .flatten()
             .fold(now.plus(LONGEST_SLEEP), Time::min)
@@ -192,6 +230,61 @@ impl Firewall {
         true
     }
 
+    /// Moves on what dom0 of Qubes OS has to say, for as long as there may be one. Returns whether there is more to do.
+    fn dom0<H: Hypervisor>(&mut self, hv: &mut H, now: Time) -> bool {
+        let Some(mut qubes) = self.qubes.take() else {
+            return false;
+        };
+        if self.source == Source::Xenstore {
+            qubes.close(hv);
+            qubes.exchange(&mut self.control, hv.own_domid());
+            return false;
+        }
+        let found = qubes.follow_keys(hv, &mut self.data.filter, filter_time(now));
+        if found && self.source == Source::Open {
+            self.decide(Source::QubesDb);
+        }
+        // Calls only once vifs are served: dom0 takes our greeting as the end of our start.
+        if self.source == Source::QubesDb && self.ready.is_some() {
+            let machine = MachineView::of(hv);
+            let mut operator = Operator {
+                firewall: self,
+                machine,
+            };
+            qubes.serve_calls(hv, &mut operator);
+        }
+        qubes.exchange(&mut self.control, hv.own_domid());
+        let busy = qubes.is_busy();
+        self.qubes = Some(qubes);
+        busy
+    }
+
+    fn decide(&mut self, source: Source) {
+        log::info!("settings come from {}", source.name());
+        self.source = source;
+    }
+
+    /// A change below `vm-data`.
+    fn config(&mut self, event: ConfigEvent, now: firewall::Time) {
+        match (self.source, &event) {
+            (Source::QubesDb, _) => return,
+            (Source::Open, ConfigEvent::Ready) => {
+                self.seen_all = true;
+                log::info!("waiting for settings: nothing below vm-data, no QubesDB");
+                return;
+            }
+            (Source::Open, _) => {
+                self.decide(Source::Xenstore);
+                if self.seen_all {
+                    self.data.filter.change(event, now);
+                    return self.data.filter.settings_complete(now);
+                }
+            }
+            (Source::Xenstore, _) => {}
+        }
+        self.data.filter.change(event, now);
+    }
+
     fn obey<H: Hypervisor>(&mut self, hv: &mut H, event: Event, now: Time) {
         match event {
             Event::Backend(event) => {
@@ -207,7 +300,7 @@ impl Firewall {
                     self.data.filter.set_uplink(mac, filter_time(now));
                 }
             }
-            Event::Config(event) => self.data.filter.change(event, filter_time(now)),
+            Event::Config(event) => self.config(event, filter_time(now)),
             Event::Control(ControlEvent::Identity { name, .. }) => {
                 let after_entry = hv.refresh_time().since(self.setup.started);
                 let running = hv.running_time().map_or(after_entry, |running| {
@@ -234,7 +327,7 @@ impl Firewall {
     }
 
     /// Prints log lines, answers commands.
-    fn serve_console<H: Hypervisor>(&mut self, console: &mut impl ByteStream, hv: &H) {
+    fn serve_console(&mut self, console: &mut impl ByteStream, machine: &MachineView) {
         while self.terminal.room() > crate::logger::LINE_BYTES
             && let Some(line) = LOGGER.take()
         {
@@ -249,7 +342,7 @@ impl Firewall {
             }
         });
         for line in lines {
-            let text = self.answer(hv, &line);
+            let text = self.answer(machine, &line);
             for line in text.lines() {
                 self.terminal.print_line(line);
             }
@@ -260,16 +353,18 @@ impl Firewall {
 
     /// The output of a command line.
     #[must_use]
-    pub fn answer<H: Hypervisor>(&self, hv: &H, line: &str) -> String {
+    pub fn answer(&self, machine: &MachineView, line: &str) -> String {
         match command::parse(line) {
             Ok(None) => String::new(),
-            Ok(Some(invocation)) => self.run(hv, &invocation),
+            Ok(Some(invocation)) => self.run(machine, &invocation),
             Err(error) => alloc::format!("{error}"),
         }
     }
 
-    fn run<H: Hypervisor>(&self, hv: &H, invocation: &Invocation) -> String {
-        let snapshot = self.snapshot(hv, invocation.scope());
+    /// The output of a command.
+    #[must_use]
+    pub fn run(&self, machine: &MachineView, invocation: &Invocation) -> String {
+        let snapshot = self.snapshot(machine, invocation.scope());
         let mut text = String::new();
         // Writing to a string does not fail.
         let _ = invocation.render(&snapshot, &mut text);
@@ -278,8 +373,8 @@ impl Firewall {
 
     /// What can be seen now.
     #[must_use]
-    pub fn snapshot<H: Hypervisor>(&self, hv: &H, scope: Scope) -> Snapshot {
-        let now = hv.now();
+    pub fn snapshot(&self, machine: &MachineView, scope: Scope) -> Snapshot {
+        let now = machine.now;
         let filter = &self.data.filter;
         let engine = filter.engine();
         let (heap_bytes, heap_used_bytes) = (self.heap)();
@@ -294,15 +389,15 @@ impl Firewall {
             uptime_nanos: nanos(now.since(self.setup.started)),
             ready_nanos: self.ready.map_or(0, |ready| nanos(ready.after_entry)),
             ready_running_nanos: self.ready.map_or(0, |ready| nanos(ready.running)),
-            source: Cow::Borrowed("xenstore"),
+            source: Cow::Borrowed(self.source.name()),
             missing: filter.settings().missing(),
             memory: Memory {
                 heap_bytes,
                 heap_used_bytes,
                 pool_bytes: page_bytes(self.setup.pool_pages),
-                pool_free_bytes: page_bytes(hv.free_pages()),
+                pool_free_bytes: page_bytes(machine.free_pages),
             },
-            counters: self.counters(hv),
+            counters: self.counters(machine),
             drops: observe::drops(engine.drops(), true),
             uplink: self.uplink_view(),
             clients: self.client_views(),
@@ -316,12 +411,13 @@ impl Firewall {
         }
     }
 
-    fn counters<H: Hypervisor>(&self, hv: &H) -> Vec<Counter> {
+    fn counters(&self, machine: &MachineView) -> Vec<Counter> {
         let mut counters = observe::engine(self.data.filter.engine().counters());
         counters.extend(observe::resolver(self.data.filter.resolver().counters()));
         counters.extend(observe::main_loop(self.data.counters()));
-        counters.extend(observe::hypervisor(&hv.counters()));
+        counters.extend(observe::hypervisor(&machine.counters));
         counters.extend(observe::store(&self.control.counters()));
+        counters.extend(self.qubes.iter().flat_map(|qubes| qubes.counters()));
         let count = |value: usize| u64::try_from(value).unwrap_or(u64::MAX);
         for (name, value) in [
             ("store.watches", count(self.control.watch_count())),
@@ -345,6 +441,15 @@ impl Firewall {
     fn exit_nanos(&self) -> u64 {
         let cost = self.pace.map_or(Duration::ZERO, |pace| pace.exit_cost());
         u64::try_from(cost.as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Where the uplink stands, for services that wait for the network.
+    pub(crate) fn uplink_state(&self) -> qrexec::Uplink {
+        match (self.data.uplink(), self.control.uplink().backend) {
+            (Some(_), _) => qrexec::Uplink::Connected,
+            (None, Some(_)) => qrexec::Uplink::Connecting,
+            (None, None) => qrexec::Uplink::Absent,
+        }
     }
 
     fn uplink_view(&self) -> Option<Uplink> {

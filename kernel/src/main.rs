@@ -19,6 +19,7 @@ use kernel::filter;
 use kernel::logger;
 use kernel::machine::{Firewall, Setup, Step};
 use kernel::plan::MemoryPlan;
+use kernel::source::Source;
 use talc::TalcLock;
 use talc::source::Manual;
 use xen::Hypervisor;
@@ -155,6 +156,7 @@ fn run(context: BootContext, plan: &MemoryPlan) -> ! {
         pool_pages: guest.free_pages(),
         ports,
         options: filter::Options::from_command_line(&command_line),
+        source: Source::from_command_line(&command_line),
     };
     let control = ControlPlane::new(Options::default());
     let mut firewall = Firewall::new(setup, control, heap_use);

@@ -45,6 +45,35 @@ pub(crate) fn hypervisor(counters: &HypervisorCounters) -> Vec<Counter> {
     })
 }
 
+/// QubesDB's counters.
+pub(crate) fn qubesdb(counters: &qubes::qubesdb::Counters) -> Vec<Counter> {
+    named!("qubesdb.", counters, {
+        "dumps": dumps,
+        "entries": entries,
+        "writes": writes,
+        "removals": removals,
+        "carried-out": carried_out,
+        "refused": refused,
+        "oversize": oversize,
+        "unexpected": unexpected,
+    })
+}
+
+/// The counters of qrexec.
+pub(crate) fn qrexec(counters: &qubes::qrexec::Counters) -> Vec<Counter> {
+    named!("qrexec.", counters, {
+        "connections": connections,
+        "calls": calls,
+        "done": done,
+        "never-came": never_came,
+        "lost": lost,
+        "stalled": stalled,
+        "terminated": terminated,
+        "unexpected": unexpected,
+        "output-lost": output_lost,
+    })
+}
+
 /// The main loop's counters.
 pub(crate) fn main_loop(counters: &LoopCounters) -> Vec<Counter> {
     named!("loop.", counters, {

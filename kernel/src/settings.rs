@@ -176,11 +176,24 @@ impl Settings {
                     self.refuse(&mut target.engine, address, None, reason.to_string());
                 }
             }
-            ConfigEvent::Ready => {
-                self.complete = true;
-                self.apply_network(target, now);
-            }
+            ConfigEvent::Ready => self.complete(target, now),
         }
+        self.follow(target, now);
+    }
+
+    /// dom0's keys, for a source that writes them itself; call [`Settings::follow`] afterwards.
+    pub const fn keys(&mut self) -> &mut Store {
+        &mut self.store
+    }
+
+    /// All existing settings have been seen: what is missing now is missing.
+    pub fn complete(&mut self, target: &mut Target, now: Time) {
+        self.complete = true;
+        self.apply_network(target, now);
+    }
+
+    /// Puts in force what changed in the keys, rules within the next [`Settings::step`]s.
+    pub fn follow(&mut self, target: &mut Target, now: Time) {
         while let Some(event) = self.store.next_event() {
             match event {
                 Event::SettingsChanged => {

@@ -46,6 +46,12 @@ impl<C: ByteStream> Link<C> {
         &mut self.client
     }
 
+    /// What happened, since the start.
+    #[must_use]
+    pub const fn counters(&self) -> super::Counters {
+        self.client.counters()
+    }
+
     /// The channel, to learn its port.
     pub const fn channel(&self) -> Option<&C> {
         self.channel.as_ref()

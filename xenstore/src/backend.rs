@@ -44,6 +44,9 @@ pub(crate) use discovery::discover;
 pub const CLOSE_DEADLINE: Duration = Duration::from_secs(3);
 /// How long state 2 is held after a device was first offered, so that the toolstack sees it.
 pub const OFFER_HOLD: Duration = Duration::from_millis(100);
+/// How long state 6 is held before our folder is removed: a toolstack that finds the folder gone when it comes to read
+/// the state takes the removal for a failure, and the device stays in its books.
+pub const REMOVAL_HOLD: Duration = Duration::from_millis(200);
 /// Reactions to a frontend's state that a device may use up at once.
 pub const REACTION_BURST: u32 = 16;
 /// One more reaction is granted after this time.

@@ -440,6 +440,40 @@ fn b31_a_removal_is_obeyed_from_every_state_within_4_seconds() {
     }
 }
 
+/// A device that is being removed shows state 6 for a while, then its folder goes.
+fn removal_ends(bench: &mut Bench, vif: &VifConfig) {
+    bench.settle();
+    assert_eq!(bench.own_state(vif).as_deref(), Some("6"), "6 was not seen");
+    bench.pass_millis(190);
+    assert_eq!(bench.own_state(vif).as_deref(), Some("6"), "gone too soon");
+    bench.pass_millis(20);
+    assert!(!bench.store.exists(&vif.backend_folder()));
+}
+
+#[test]
+fn l4_state_6_stays_for_the_toolstack_to_see_before_the_folder_goes() {
+    let (mut bench, vif, frontend) = connected();
+    bench.toolstack.request_detach(&vif);
+    bench.settle();
+    frontend.set_state(6);
+    removal_ends(&mut bench, &vif);
+}
+
+#[test]
+fn l4_what_the_toolstack_puts_there_while_6_is_shown_is_not_removed() {
+    let (mut bench, vif, frontend) = connected();
+    bench.toolstack.request_detach(&vif);
+    bench.settle();
+    frontend.set_state(6);
+    bench.settle();
+    assert_eq!(bench.own_state(&vif).as_deref(), Some("6"));
+    bench.store.remove(&vif.backend_folder());
+    bench.store.remove(&vif.frontend_folder());
+    bench.toolstack.attach(&vif);
+    bench.pass(Duration::from_secs(2));
+    assert_eq!(bench.own_state(&vif).as_deref(), Some("2"));
+}
+
 #[test]
 fn b31_a_frontend_that_closes_lets_the_removal_go_through_at_once() {
     let (mut bench, vif, frontend) = connected();
@@ -448,8 +482,7 @@ fn b31_a_frontend_that_closes_lets_the_removal_go_through_at_once() {
     assert_eq!(bench.own_state(&vif).as_deref(), Some("5"));
     assert!(bench.mapped.is_empty());
     frontend.set_state(6);
-    bench.settle();
-    assert!(!bench.store.exists(&vif.backend_folder()));
+    removal_ends(&mut bench, &vif);
     assert_eq!(state_writes(&bench, &vif), "566");
 }
 
@@ -489,8 +522,7 @@ fn a_client_that_shuts_down_from_inside_is_removed_after_it_closed() {
     bench.store.remove(&vif.frontend_folder());
     bench.pass(Duration::from_secs(2));
     bench.toolstack.request_detach(&vif);
-    bench.settle();
-    assert!(!bench.store.exists(&vif.backend_folder()));
+    removal_ends(&mut bench, &vif);
 }
 
 #[test]
@@ -500,7 +532,7 @@ fn b34_a_destroyed_client_is_unmapped_and_removed_at_once() {
     bench.store.destroy(vif.frontend);
     bench.settle();
     assert!(bench.mapped.is_empty());
-    assert!(!bench.store.exists(&vif.backend_folder()));
+    removal_ends(&mut bench, &vif);
 }
 
 #[test]
@@ -513,7 +545,7 @@ fn all_parents_may_vanish_and_return() {
         bench.settle();
         assert_eq!(bench.own_state(&vif).as_deref(), Some("2"), "{client}");
         bench.toolstack.request_detach(&vif);
-        bench.settle();
+        removal_ends(&mut bench, &vif);
         bench.toolstack.finish_detach(&vif);
         assert!(!bench.store.exists(&format!("/local/domain/{SELF}/backend")));
         bench.settle();
@@ -614,7 +646,7 @@ fn a_device_too_many_waits_until_another_leaves() {
     bench.pass(Duration::from_secs(5));
     assert_eq!(bench.own_state(&late).as_deref(), Some("1"));
     bench.toolstack.request_detach(&vifs[4]);
-    bench.settle();
+    removal_ends(&mut bench, &vifs[4]);
     assert_eq!(bench.own_state(&late).as_deref(), Some("2"));
 }
 
@@ -640,8 +672,7 @@ fn p10_a_device_without_a_watch_is_refused_and_the_others_live() {
     bench.pass_millis(150);
     assert_eq!(bench.mapped.len(), 1);
     bench.toolstack.request_detach(&vifs[2]);
-    bench.settle();
-    assert!(!bench.store.exists(&vifs[2].backend_folder()));
+    removal_ends(&mut bench, &vifs[2]);
 }
 
 #[test]
@@ -665,14 +696,13 @@ fn a_device_over_the_quota_of_nodes_is_refused_and_the_others_live() {
     // Twenty leave, and all others are served.
     for vif in &vifs[..20] {
         bench.toolstack.request_detach(vif);
-        bench.settle();
+        removal_ends(&mut bench, vif);
         bench.toolstack.finish_detach(vif);
     }
     bench.pass(Duration::from_secs(6));
     assert_eq!(offered(&bench), 50);
     bench.toolstack.request_detach(&vifs[69]);
-    bench.settle();
-    assert!(!bench.store.exists(&vifs[69].backend_folder()));
+    removal_ends(&mut bench, &vifs[69]);
     assert_eq!(bench.store.transactions(SELF), 0);
 }
 
@@ -725,7 +755,7 @@ fn b40_an_unusable_folder_of_ours_refuses_the_vif_until_it_is_corrected() {
         bench.settle();
         assert_eq!(bench.own_state(&vif).as_deref(), Some("2"), "{broken}");
         bench.toolstack.request_detach(&vif);
-        bench.settle();
+        removal_ends(&mut bench, &vif);
         bench.toolstack.finish_detach(&vif);
         bench.settle();
     }
@@ -772,8 +802,7 @@ fn a_thousand_attach_and_detach_cycles_leave_nothing_behind() {
             bench.settle();
             frontend.set_state(6);
         }
-        bench.settle();
-        assert!(!bench.store.exists(&vif.backend_folder()), "round {round}");
+        removal_ends(&mut bench, &vif);
         bench.toolstack.finish_detach(&vif);
         bench.store.destroy(vif.frontend);
         bench.settle();

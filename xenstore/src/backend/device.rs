@@ -15,8 +15,8 @@ use xen::Time;
 use super::keys::{FrontendKeys, Identity, Value};
 use super::machine::{Step, View, lifts_ban, next_step};
 use super::{
-    BackendEvent, CLOSE_DEADLINE, OFFER_HOLD, REACTION_BURST, REACTION_INTERVAL, VifCell,
-    VifParameters,
+    BackendEvent, CLOSE_DEADLINE, OFFER_HOLD, REACTION_BURST, REACTION_INTERVAL, REMOVAL_HOLD,
+    VifCell, VifParameters,
 };
 use crate::control_plane::Event;
 use crate::limiter::Bucket;
@@ -415,9 +415,15 @@ impl Vif {
     }
 
     /// Removes our folder, as the toolstack asked. It waits for state 6 first, and may have written another one over
-    /// ours.
+    /// ours. It gets time to see it, in which it may also lose its patience: what it puts there then is not ours.
     async fn remove(&mut self) -> Result<(), Ended> {
         self.write_state(XenbusState::Closed).await?;
+        self.store.sleep(REMOVAL_HOLD).await;
+        match self.store.read(&self.path("state")).await {
+            Err(Error::NOT_FOUND) => return Err(Ended::Gone),
+            Ok(state) if state == b"1" => return Err(Ended::Replaced),
+            _ => {}
+        }
         if let Err(reason) = self.store.remove(&self.folder).await
             && reason != Error::NOT_FOUND
         {

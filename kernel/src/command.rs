@@ -1,8 +1,11 @@
-//! The operator's commands: one table, whatever the way they come in (PV console now, qrexec later).
+//! The operator's commands: one table, whatever the way they come in (PV console, qrexec).
 //!
 //! A command line is parsed into an [`Invocation`], which says how large a snapshot it needs
 //! ([`Invocation::scope`]) and renders it ([`Invocation::render`]). Nothing here reads live state, so a
 //! command cannot disturb the data path, and every view is tested on a snapshot made by hand.
+//!
+//! Each command takes `--json`, too: the same as one line of JSON for programs, whose field names are those of
+//! [`crate::snapshot`].
 //!
 //! Exit codes: 0 done, 2 wrong use (one line says what would be right), 127 unknown command.
 
@@ -10,6 +13,7 @@ use alloc::string::String;
 use core::fmt::{self, Write};
 use core::net::IpAddr;
 
+use crate::json;
 use crate::snapshot::{BEGIN_MARK, Client, Counter, DATA_MARK, END_MARK, Flow, Scope, Snapshot};
 
 /// The command ran.
@@ -41,9 +45,14 @@ pub struct Command {
     takes: Takes,
     scope: Scope,
     render: fn(&Snapshot, Option<IpAddr>, &mut dyn Write) -> fmt::Result,
+    /// The same for programs.
+    json: fn(&Snapshot, Option<IpAddr>) -> String,
 }
 
 const FLOWS_SHOWN: usize = 256;
+
+/// The word that asks for JSON.
+const JSON: &str = "--json";
 
 /// All commands, in the order in which `help` lists them.
 pub const COMMANDS: &[Command] = &[
@@ -54,6 +63,7 @@ pub const COMMANDS: &[Command] = &[
         takes: Takes::Nothing,
         scope: Scope::OVERVIEW,
         render: help,
+        json: json::help,
     },
     Command {
         name: "status",
@@ -62,6 +72,7 @@ pub const COMMANDS: &[Command] = &[
         takes: Takes::Nothing,
         scope: Scope::OVERVIEW,
         render: status,
+        json: json::status,
     },
     Command {
         name: "clients",
@@ -70,6 +81,7 @@ pub const COMMANDS: &[Command] = &[
         takes: Takes::Nothing,
         scope: Scope::OVERVIEW,
         render: clients,
+        json: json::clients,
     },
     Command {
         name: "rules",
@@ -77,11 +89,11 @@ pub const COMMANDS: &[Command] = &[
         summary: "the rules in force",
         takes: Takes::OptionalClient,
         scope: Scope {
-            flows: 0,
             rules: true,
-            client: None,
+            ..Scope::OVERVIEW
         },
         render: rules,
+        json: json::rules,
     },
     Command {
         name: "conns",
@@ -90,10 +102,10 @@ pub const COMMANDS: &[Command] = &[
         takes: Takes::OptionalClient,
         scope: Scope {
             flows: FLOWS_SHOWN,
-            rules: false,
-            client: None,
+            ..Scope::OVERVIEW
         },
         render: conns,
+        json: json::conns,
     },
     Command {
         name: "drops",
@@ -102,6 +114,19 @@ pub const COMMANDS: &[Command] = &[
         takes: Takes::OptionalClient,
         scope: Scope::OVERVIEW,
         render: drops,
+        json: json::drops,
+    },
+    Command {
+        name: "log",
+        arguments: "",
+        summary: "the last log lines",
+        takes: Takes::Nothing,
+        scope: Scope {
+            log: true,
+            ..Scope::OVERVIEW
+        },
+        render: log,
+        json: json::log,
     },
     Command {
         name: "counters",
@@ -110,6 +135,7 @@ pub const COMMANDS: &[Command] = &[
         takes: Takes::Nothing,
         scope: Scope::OVERVIEW,
         render: counters,
+        json: json::counters,
     },
     Command {
         name: "snapshot",
@@ -118,6 +144,7 @@ pub const COMMANDS: &[Command] = &[
         takes: Takes::Nothing,
         scope: Scope::WHOLE,
         render: encoded,
+        json: json::whole,
     },
     Command {
         name: "version",
@@ -126,6 +153,7 @@ pub const COMMANDS: &[Command] = &[
         takes: Takes::Nothing,
         scope: Scope::OVERVIEW,
         render: version,
+        json: json::version,
     },
 ];
 
@@ -134,6 +162,7 @@ pub const COMMANDS: &[Command] = &[
 pub struct Invocation {
     command: &'static Command,
     client: Option<IpAddr>,
+    json: bool,
 }
 
 /// A command line that does not.
@@ -184,7 +213,8 @@ impl fmt::Display for UsageError {
 ///
 /// [`UsageError`] with one line that says what would be right.
 pub fn parse(line: &str) -> Result<Option<Invocation>, UsageError> {
-    let mut words = line.split_ascii_whitespace();
+    let json = line.split_ascii_whitespace().any(|word| word == JSON);
+    let mut words = line.split_ascii_whitespace().filter(|word| *word != JSON);
     let Some(name) = words.next() else {
         return Ok(None);
     };
@@ -206,7 +236,11 @@ pub fn parse(line: &str) -> Result<Option<Invocation>, UsageError> {
                 .map_err(|_| UsageError::NotAnAddress(command.name, word.into()))?,
         ),
     };
-    Ok(Some(Invocation { command, client }))
+    Ok(Some(Invocation {
+        command,
+        client,
+        json,
+    }))
 }
 
 impl Invocation {
@@ -225,6 +259,10 @@ impl Invocation {
     ///
     /// Only those of `out`.
     pub fn render(&self, snapshot: &Snapshot, out: &mut dyn Write) -> fmt::Result {
+        if self.json {
+            out.write_str(&(self.command.json)(snapshot, self.client))?;
+            return out.write_char('\n');
+        }
         (self.command.render)(snapshot, self.client, out)
     }
 }
@@ -238,7 +276,7 @@ fn help(_: &Snapshot, _: Option<IpAddr>, out: &mut dyn Write) -> fmt::Result {
             command.name, command.arguments, command.summary
         )?;
     }
-    Ok(())
+    writeln!(out, "each takes --json for programs")
 }
 
 fn version(snapshot: &Snapshot, _: Option<IpAddr>, out: &mut dyn Write) -> fmt::Result {
@@ -281,8 +319,22 @@ impl fmt::Display for Size {
     }
 }
 
+/// Bits a second.
+struct Rate(u64);
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = match self.0 {
+            0..=9_999 => alloc::format!("{} bit/s", self.0),
+            10_000..=9_999_999 => alloc::format!("{} kbit/s", self.0 / 1_000),
+            _ => alloc::format!("{} Mbit/s", self.0 / 1_000_000),
+        };
+        f.pad(&text)
+    }
+}
+
 /// A MAC address.
-struct Mac([u8; 6]);
+pub(crate) struct Mac(pub(crate) [u8; 6]);
 
 impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -355,13 +407,13 @@ fn clients(snapshot: &Snapshot, _: Option<IpAddr>, out: &mut dyn Write) -> fmt::
     }
     writeln!(
         out,
-        "{:<8} {:<10} {:<17} {:>6} {:>11} {:>11} {:>8}  addresses",
-        "vif", "state", "mac", "flows", "from", "to", "dropped"
+        "{:<8} {:<10} {:<17} {:>6} {:>11} {:>13} {:>11} {:>13} {:>8}  addresses",
+        "vif", "state", "mac", "flows", "from", "now", "to", "now", "dropped"
     )?;
     for client in &snapshot.clients {
         write!(
             out,
-            "{:<8} {:<10} {:<17} {:>6} {:>11} {:>11} {:>8} ",
+            "{:<8} {:<10} {:<17} {:>6} {:>11} {:>13} {:>11} {:>13} {:>8} ",
             alloc::format!("{}/{}", client.domid, client.handle),
             if client.connected {
                 "connected"
@@ -371,7 +423,9 @@ fn clients(snapshot: &Snapshot, _: Option<IpAddr>, out: &mut dyn Write) -> fmt::
             Mac(client.mac),
             client.flows,
             Size(client.bytes_in),
+            Rate(client.rate_in),
             Size(client.bytes_out),
+            Rate(client.rate_out),
             total(client)
         )?;
         for address in &client.addresses {
@@ -448,20 +502,22 @@ fn conns(snapshot: &Snapshot, client: Option<IpAddr>, out: &mut dyn Write) -> fm
     let shown = |flow: &&Flow| client.is_none_or(|client| client == flow.source.0);
     writeln!(
         out,
-        "{:<6} {:<22} {:<22} {:<22} {:<12} {:>9} {:>9}",
-        "proto", "client", "destination", "seen outside as", "state", "packets", "expires"
+        "{:<6} {:<22} {:<22} {:<22} {:<12} {:>6} {:>9} {:>9}",
+        "proto", "client", "destination", "seen outside as", "state", "rule", "packets", "expires"
     )?;
     let mut count = 0u32;
     for flow in snapshot.flows.iter().filter(shown) {
         count = count.saturating_add(1);
         writeln!(
             out,
-            "{:<6} {:<22} {:<22} {:<22} {:<12} {:>9} {:>7} s",
+            "{:<6} {:<22} {:<22} {:<22} {:<12} {:>6} {:>9} {:>7} s",
             protocol(flow.protocol),
             End(flow.source.0, flow.source.1),
             End(flow.destination.0, flow.destination.1),
             End(flow.translated.0, flow.translated.1),
             flow.state,
+            flow.rule
+                .map_or_else(|| "policy".into(), |rule| alloc::format!("{rule:04}")),
             flow.packets,
             flow.expires_seconds
         )?;
@@ -523,6 +579,13 @@ fn counters(snapshot: &Snapshot, _: Option<IpAddr>, out: &mut dyn Write) -> fmt:
     Ok(())
 }
 
+fn log(snapshot: &Snapshot, _: Option<IpAddr>, out: &mut dyn Write) -> fmt::Result {
+    for line in &snapshot.log {
+        writeln!(out, "{line}")?;
+    }
+    Ok(())
+}
+
 fn encoded(snapshot: &Snapshot, _: Option<IpAddr>, out: &mut dyn Write) -> fmt::Result {
     let bytes = snapshot.encode();
     writeln!(out, "{BEGIN_MARK} {}", bytes.len())?;
@@ -558,6 +621,9 @@ mod tests {
         for command in COMMANDS {
             assert!(help.contains(command.name));
             assert!(!output(command.name).is_empty(), "{}", command.name);
+            let json = output(&alloc::format!("{} --json", command.name));
+            assert_eq!(json.lines().count(), 1, "{json}");
+            assert!(serde_json::from_str::<serde_json::Value>(&json).is_ok());
         }
     }
 
@@ -614,9 +680,35 @@ mod tests {
     }
 
     #[test]
+    fn json_has_the_names_of_the_snapshot_and_only_what_was_asked_for() {
+        let value = |line: &str| serde_json::from_str::<serde_json::Value>(&output(line)).unwrap();
+        let status = value("status --json");
+        assert_eq!(status["uplink"]["mac"], "00:16:3e:5e:6c:05");
+        assert_eq!(status["clients_connected"], 1);
+        assert_eq!(status["dropped"], 3);
+        assert_eq!(value("--json drops")["all"]["spoofed-source"], 3);
+        assert_eq!(value("drops 10.137.0.6 --json")["clients"][0]["domid"], 3);
+        assert_eq!(
+            value("drops 10.9.9.9 --json")["clients"][0],
+            serde_json::Value::Null
+        );
+        assert_eq!(value("clients --json")[0]["addresses"][0], "10.137.0.6");
+        assert_eq!(value("rules --json")[0]["rules"][0][0], 0);
+        assert_eq!(value("conns --json")["flows"][0]["rule"], 0);
+        assert_eq!(
+            value("conns 10.9.9.9 --json")["flows"][0],
+            serde_json::Value::Null
+        );
+        assert_eq!(value("version --json")["release"], "0.1.0");
+        assert_eq!(value("log --json")[0], "[    0.000001] a line");
+    }
+
+    #[test]
     fn durations_and_sizes_read_well() {
         assert_eq!(alloc::format!("{}", Age(3_725_000_000_000)), "1 h 2 min");
         assert_eq!(alloc::format!("{}", Size(1536)), "1.5 KiB");
         assert_eq!(alloc::format!("{:>8}", Size(12)), "    12 B");
+        assert_eq!(alloc::format!("{}", Rate(4_200)), "4200 bit/s");
+        assert_eq!(alloc::format!("{}", Rate(470_000_000)), "470 Mbit/s");
     }
 }

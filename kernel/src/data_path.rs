@@ -184,6 +184,14 @@ impl DataPath {
         slot.as_ref().map(|client| &client.vif)
     }
 
+    /// The drivers of all connected clients.
+    pub fn vifs(&self) -> impl Iterator<Item = (ClientId, &Vif)> {
+        self.clients.iter().zip(0..).filter_map(|(slot, number)| {
+            let client = slot.as_ref()?;
+            Some((ClientId(number), &client.vif))
+        })
+    }
+
     /// The ports of all devices.
     pub fn ports(&self) -> impl Iterator<Item = PortNumber> + '_ {
         let uplink = self.uplink.iter().map(Uplink::port);

@@ -15,6 +15,8 @@
 //! | [`qubes_link`], `operator` | QubesDB and qrexec, and what calls from dom0 act on |
 //! | [`snapshot`] | everything that can be seen from outside, as one encodable value |
 //! | [`command`] | the operator's commands, which render a snapshot |
+//! | `rates` | bits a second of each client |
+//! | `json` | the same for programs |
 //! | [`terminal`], [`logger`] | the console: lines in, text and log lines out, all bounded |
 //! | [`plan`] | how memory is shared out |
 //! | [`pace`] | when to let frames gather before looking again |
@@ -29,6 +31,7 @@ pub mod data_path;
 pub mod devices;
 mod egress;
 pub mod filter;
+mod json;
 pub mod logger;
 pub mod machine;
 mod observe;
@@ -37,6 +40,7 @@ mod operator;
 pub mod pace;
 pub mod plan;
 pub mod qubes_link;
+mod rates;
 pub mod settings;
 pub mod snapshot;
 pub mod source;

@@ -18,11 +18,16 @@ pub const LINE_BYTES: usize = 160;
 /// Lines waiting for the console.
 pub const LINES: usize = 64;
 
+/// Lines kept for whoever asks later.
+pub const HISTORY: usize = 64;
+
 /// One finished log line, without a line end.
 pub type Line = String<LINE_BYTES>;
 
 struct Buffer {
     lines: Deque<Line, LINES>,
+    /// The last ones, printed or not.
+    history: Deque<Line, HISTORY>,
     dropped: u64,
 }
 
@@ -56,6 +61,7 @@ impl Logger {
         Self {
             buffer: Mutex::new(Buffer {
                 lines: Deque::new(),
+                history: Deque::new(),
                 dropped: 0,
             }),
             uptime: AtomicU64::new(0),
@@ -76,6 +82,13 @@ impl Logger {
     /// As [`Logger::take`], but gives up when the buffer is in use: for a panic, which may come out of its use.
     pub fn try_take(&self) -> Option<Line> {
         self.buffer.try_lock()?.lines.pop_front()
+    }
+
+    /// Calls `with` for each of the last lines, oldest first.
+    pub fn recent(&self, mut with: impl FnMut(&str)) {
+        for line in &self.buffer.lock().history {
+            with(line);
+        }
     }
 
     /// Lines dropped because the buffer was full.
@@ -128,6 +141,10 @@ impl Log for Logger {
             record.args()
         );
         let mut buffer = self.buffer.lock();
+        if buffer.history.is_full() {
+            buffer.history.pop_front();
+        }
+        let _ = buffer.history.push_back(line.clone());
         if buffer.lines.push_back(line).is_err() {
             buffer.dropped = buffer.dropped.saturating_add(1);
         }

@@ -25,6 +25,7 @@ use crate::observe;
 use crate::operator::Operator;
 use crate::pace::Pace;
 use crate::qubes_link::QubesLink;
+use crate::rates::{Rate, Rates};
 use crate::snapshot::{Client, Counter, Memory, Scope, Snapshot, Uplink};
 use crate::source::Source;
 use crate::terminal::Terminal;
@@ -113,6 +114,7 @@ pub struct Firewall {
     setup: Setup,
     heap: HeapUse,
     pace: Option<Pace>,
+    rates: Rates,
     ready: Option<Readiness>,
     end: Option<Shutdown>,
 }
@@ -133,6 +135,7 @@ impl Firewall {
             setup,
             heap,
             pace: None,
+            rates: Rates::default(),
             ready: None,
             end: None,
         }
@@ -165,6 +168,9 @@ impl Firewall {
         let pace = self.pace.get_or_insert_with(|| Pace::measure(hv));
         if taken > 0 {
             pace.note(taken, now);
+        }
+        if self.rates.is_due(now) {
+            self.rates.sample(self.data.vifs(), now);
         }
         self.devices
             .report_faults(&mut self.data, &mut self.control);
@@ -408,6 +414,7 @@ impl Firewall {
             } else {
                 Vec::new()
             },
+            log: if scope.log { log_lines() } else { Vec::new() },
         }
     }
 
@@ -473,6 +480,7 @@ impl Firewall {
             let connected = self.devices.client(&status.device);
             let vif = connected.and_then(|client| self.data.vif(client.id));
             let seen = connected.and_then(|client| engine.iter().find(|view| view.id == client.id));
+            let rate = connected.map_or_else(Rate::default, |client| self.rates.of(client.id));
             let driver = vif.map(netback::Vif::counters).copied().unwrap_or_default();
             Client {
                 domid: status.device.client.0,
@@ -485,12 +493,21 @@ impl Firewall {
                 bytes_out: driver.sent_bytes,
                 frames_in: driver.received_frames,
                 frames_out: driver.sent_frames,
+                rate_in: rate.inward,
+                rate_out: rate.outward,
                 drops: seen.map_or_else(Vec::new, |seen| observe::drops(&seen.drops, false)),
                 counters: observe::vif(&driver),
             }
         };
         self.control.vifs().into_iter().map(view).collect()
     }
+}
+
+/// The last log lines.
+fn log_lines() -> Vec<String> {
+    let mut lines = Vec::new();
+    LOGGER.recent(|line| lines.push(String::from(line)));
+    lines
 }
 
 /// The time as the filter counts it.

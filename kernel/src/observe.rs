@@ -228,6 +228,7 @@ fn flow(view: &FlowView) -> Flow {
         destination: view.destination,
         translated: view.translated_source,
         state: Cow::Borrowed(view.state.name()),
+        rule: view.rule,
         expires_seconds: view.expires_seconds,
         packets: u64::from(view.packets_up).wrapping_add(view.packets_down.into()),
     }

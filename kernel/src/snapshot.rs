@@ -16,10 +16,12 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
+
+use crate::command::Mac;
 
 /// The version of the encoding. Raised whenever a field is added, removed or changes its meaning.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 
 /// The line before an encoded snapshot on the console.
 pub const BEGIN_MARK: &str = "@@SNAPSHOT-BEGIN";
@@ -44,6 +46,8 @@ pub struct Scope {
     pub flows: usize,
     /// Whether rule lists are included.
     pub rules: bool,
+    /// Whether the last log lines are included.
+    pub log: bool,
     /// Only this client's flows and rules.
     pub client: Option<IpAddr>,
 }
@@ -53,12 +57,14 @@ impl Scope {
     pub const OVERVIEW: Self = Self {
         flows: 0,
         rules: false,
+        log: false,
         client: None,
     };
     /// Everything, with the flow list bounded.
     pub const WHOLE: Self = Self {
         flows: 256,
         rules: true,
+        log: false,
         client: None,
     };
 }
@@ -84,12 +90,14 @@ pub struct Uplink {
     /// Whether frames flow.
     pub connected: bool,
     /// Our MAC address.
+    #[serde(serialize_with = "mac")]
     pub mac: [u8; 6],
     /// Our IPv4 address, the source of everything that leaves.
     pub ip4: Option<Ipv4Addr>,
     /// Our IPv6 address.
     pub ip6: Option<Ipv6Addr>,
     /// The driver's counters.
+    #[serde(serialize_with = "by_name")]
     pub counters: Vec<Counter>,
 }
 
@@ -101,6 +109,7 @@ pub struct Client {
     /// The device number in that domain.
     pub handle: u16,
     /// The client's MAC address.
+    #[serde(serialize_with = "mac")]
     pub mac: [u8; 6],
     /// The addresses that it may use.
     pub addresses: Vec<IpAddr>,
@@ -116,9 +125,15 @@ pub struct Client {
     pub frames_in: u64,
     /// Frames to the client.
     pub frames_out: u64,
+    /// Bits a second from the client, of late.
+    pub rate_in: u64,
+    /// Bits a second to the client, of late.
+    pub rate_out: u64,
     /// Frames dropped, by reason; only reasons that occurred.
+    #[serde(serialize_with = "by_name")]
     pub drops: Vec<Counter>,
     /// The driver's counters.
+    #[serde(serialize_with = "by_name")]
     pub counters: Vec<Counter>,
 }
 
@@ -135,6 +150,8 @@ pub struct Flow {
     pub translated: (IpAddr, u16),
     /// A word for the state, e.g. `established`.
     pub state: Cow<'static, str>,
+    /// The number of the rule that let it start; `None` for the policy.
+    pub rule: Option<u16>,
     /// Seconds until it is forgotten unless used.
     pub expires_seconds: u32,
     /// Packets, both directions.
@@ -185,8 +202,10 @@ pub struct Snapshot {
     /// Memory.
     pub memory: Memory,
     /// Counters of the engine, the main loop and the hypervisor interface.
+    #[serde(serialize_with = "by_name")]
     pub counters: Vec<Counter>,
     /// Frames dropped, by reason, all interfaces; every reason, also those at 0.
+    #[serde(serialize_with = "by_name")]
     pub drops: Vec<Counter>,
     /// The uplink, when there is one.
     pub uplink: Option<Uplink>,
@@ -198,6 +217,29 @@ pub struct Snapshot {
     pub flows: Vec<Flow>,
     /// Rule lists, when the scope includes them.
     pub rules: Vec<Rules>,
+    /// The last log lines, oldest first, when the scope includes them.
+    pub log: Vec<String>,
+}
+
+/// For people and JSON as text, else as six bytes.
+fn mac<S: Serializer>(mac: &[u8; 6], serializer: S) -> Result<S::Ok, S::Error> {
+    if serializer.is_human_readable() {
+        serializer.collect_str(&Mac(*mac))
+    } else {
+        mac.serialize(serializer)
+    }
+}
+
+/// In JSON an object with a field for each counter, else the list that it is.
+pub(crate) fn by_name<S: Serializer>(
+    counters: &[Counter],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    if serializer.is_human_readable() {
+        serializer.collect_map(counters.iter().map(|own| (&own.name, own.value)))
+    } else {
+        counters.serialize(serializer)
+    }
 }
 
 /// Why bytes are no snapshot.
@@ -344,6 +386,8 @@ pub(crate) mod tests {
                 bytes_out: 3_000_000,
                 frames_in: 10,
                 frames_out: 2000,
+                rate_in: 12_000,
+                rate_out: 470_000_000,
                 drops: vec![Counter {
                     name: "spoofed-source".into(),
                     value: 3,
@@ -357,6 +401,7 @@ pub(crate) mod tests {
                 destination: ("198.51.100.1".parse().unwrap(), 80),
                 translated: ("10.137.0.5".parse().unwrap(), 40000),
                 state: "established".into(),
+                rule: Some(0),
                 expires_seconds: 431_999,
                 packets: 12,
             }],
@@ -371,6 +416,7 @@ pub(crate) mod tests {
                     addresses: vec!["198.51.100.1".parse().unwrap()],
                 }],
             }],
+            log: vec!["[    0.000001] a line".into()],
         }
     }
 

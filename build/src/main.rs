@@ -52,15 +52,11 @@ enum Command {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let screen = Screen::new();
-    let outcome = Workspace::find().and_then(|workspace| match &arguments.command {
-        Command::Demo(arguments) => demo_command::run(&workspace, &screen, arguments),
-        Command::Test(arguments) => test_command::run(&workspace, &screen, arguments),
-        Command::Bench(arguments) => bench_command::run(&workspace, &screen, arguments),
+    let outcome = match &arguments.command {
+        // Needs nothing of the clone.
         Command::Fwsim(arguments) => fwsim::run(arguments),
-        Command::Image(arguments) => image::run(&workspace, &screen, arguments),
-        Command::Package(arguments) => package::run(&workspace, &screen, arguments),
-        Command::Lab(arguments) => lab_command::run(&workspace, &screen, arguments),
-    });
+        command => Workspace::find().and_then(|workspace| run(&workspace, &screen, command)),
+    };
     match outcome {
         Ok(code) => code,
         Err(error) => {
@@ -68,5 +64,17 @@ fn main() -> ExitCode {
             let unusable = error.chain().any(|cause| cause.is::<Unusable>());
             ExitCode::from(if unusable { UNUSABLE } else { FAILED })
         }
+    }
+}
+
+fn run(workspace: &Workspace, screen: &Screen, command: &Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Demo(arguments) => demo_command::run(workspace, screen, arguments),
+        Command::Test(arguments) => test_command::run(workspace, screen, arguments),
+        Command::Bench(arguments) => bench_command::run(workspace, screen, arguments),
+        Command::Image(arguments) => image::run(workspace, screen, arguments),
+        Command::Package(arguments) => package::run(workspace, screen, arguments),
+        Command::Lab(arguments) => lab_command::run(workspace, screen, arguments),
+        Command::Fwsim(arguments) => fwsim::run(arguments),
     }
 }

@@ -9,10 +9,12 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::net::IpAddr;
 
 use anyhow::{Result, anyhow, bail};
 use firewall::{
-    Checksum, ClientConfig, ClientId, DropReason, Frame, Iface, Limits, Time, Verdict, Work,
+    Checksum, ClientConfig, ClientId, DropReason, FlowView, Frame, Iface, Limits, Time, Verdict,
+    Work,
 };
 use kernel::filter::{self, Filter, Options};
 use xenstore::ConfigEvent;
@@ -281,8 +283,9 @@ impl<W: Write> Replay<W> {
             self.report.frame(&taken, came.fragment(), &fate)?;
             return self.settle(&cause);
         }
-        let client = self.client_of(&bytes);
-        fate.out = client.map(|client| self.names.get(client).cloned().unwrap_or_default());
+        let flow = self.flow_of(&came);
+        let client = flow.and_then(|flow| self.client_with(flow.source.0));
+        fate.out = client.and_then(|client| self.names.get(client).cloned());
         cause.onward = client.map(|client| Iface::Client(ClientId(number_of(client))));
         self.report.frame(&taken, None, &fate)?;
         self.settle(&cause)
@@ -325,9 +328,7 @@ impl<W: Write> Replay<W> {
     /// What a verdict means, except for the translation of a frame that is forwarded as it is.
     fn fate(&self, verdict: Verdict, ingress: Iface, came: &Content) -> Fate {
         let engine = self.filter.engine();
-        let flow = came
-            .family()
-            .and_then(|family| engine.last_flow(family, self.now));
+        let flow = self.flow_of(came);
         let asked = engine.last_rule().map(|rule| match rule {
             firewall::ruleset::RuleRef::Number(number) => RuleName::Number(number.get()),
             firewall::ruleset::RuleRef::Policy => RuleName::Policy("policy"),
@@ -365,11 +366,16 @@ impl<W: Write> Replay<W> {
         }
     }
 
-    /// The client that a frame is addressed to.
-    fn client_of(&self, frame: &[u8]) -> Option<usize> {
-        let mac = frame.first_chunk::<6>()?;
+    /// The flow that the last frame belonged to.
+    fn flow_of(&self, came: &Content) -> Option<FlowView> {
+        let family = came.family()?;
+        self.filter.engine().last_flow(family, self.now)
+    }
+
+    /// The client that has an address.
+    fn client_with(&self, address: IpAddr) -> Option<usize> {
         let mut clients = self.filter.engine().clients();
-        let client = clients.find(|client| client.mac == *mac)?;
+        let client = clients.find(|client| client.addresses.contains(&address))?;
         Some(usize::from(client.id.0))
     }
 }
@@ -416,8 +422,8 @@ const fn kind_of(content: &Content) -> &'static str {
         Content::Arp => "arp-reply",
         Content::Other => "other",
         Content::Ip(packet) => match (packet.src, packet.upper) {
-            (std::net::IpAddr::V4(_), Upper::Icmp(3 | 11 | 12, ..))
-            | (std::net::IpAddr::V6(_), Upper::Icmp(1..=4, ..)) => "icmp-error",
+            (IpAddr::V4(_), Upper::Icmp(3 | 11 | 12, ..))
+            | (IpAddr::V6(_), Upper::Icmp(1..=4, ..)) => "icmp-error",
             (_, Upper::Icmp(0 | 129, ..)) => "echo-reply",
             (_, Upper::Icmp(136, ..)) => "neighbour-advertisement",
             (_, Upper::Ports(_, 53)) => "dns-query",

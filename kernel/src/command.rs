@@ -14,6 +14,7 @@ use core::fmt::{self, Write};
 use core::net::IpAddr;
 
 use crate::json;
+use crate::observe::{NAMES, UNRESOLVED};
 use crate::snapshot::{BEGIN_MARK, Client, Counter, DATA_MARK, END_MARK, Flow, Scope, Snapshot};
 
 /// The command ran.
@@ -385,6 +386,14 @@ fn status(snapshot: &Snapshot, _: Option<IpAddr>, out: &mut dyn Write) -> fmt::R
         snapshot.clients.len()
     )?;
     writeln!(out, "flows     {}", snapshot.flows_total)?;
+    let names = snapshot.counter(NAMES);
+    if names > 0 {
+        let unresolved = snapshot.counter(UNRESOLVED);
+        writeln!(
+            out,
+            "names     {names} in rules, {unresolved} not resolved (see `rules`)"
+        )?;
+    }
     let memory = snapshot.memory;
     writeln!(
         out,
@@ -656,6 +665,30 @@ mod tests {
         assert!(!all.contains("bad-checksum"), "zero counts are left out");
         assert!(all.contains("vif 3/0 10.137.0.6:"));
         assert!(output("drops 10.9.9.9").contains("no client has the address"));
+    }
+
+    #[test]
+    fn rules_show_names_with_their_state_and_addresses() {
+        let text = output("rules 10.137.0.6");
+        assert!(
+            text.contains("  web.example: resolved 198.51.100.1\n"),
+            "{text}"
+        );
+        assert!(
+            !output("status").contains("not resolved"),
+            "no names: no line"
+        );
+        let mut snapshot = sample();
+        for (name, value) in [(NAMES, 3), (UNRESOLVED, 1)] {
+            let name = name.into();
+            snapshot.counters.push(Counter { name, value });
+        }
+        let mut out = String::new();
+        status(&snapshot, None, &mut out).unwrap();
+        assert!(
+            out.contains("names     3 in rules, 1 not resolved"),
+            "{out}"
+        );
     }
 
     #[test]

@@ -9,9 +9,9 @@
 //! the engine sees it. Queries of clients and the answers to them go through the engine like everything else and are
 //! shown to the resolver on their way out. An answer that teaches the resolver something new is passed on only after
 //! the client's rules were compiled again, so that the client's first packet to what it was told is accepted. That
-//! is done at once if it takes no more than [`AT_ONCE`] steps, as nearly always; otherwise the answer waits
-//! ([`Verdict::Held`]) while the steps are done between bursts, as one of at most [`MAX_DELAYED`]; with more than that it
-//! is passed on early and the client may have to try again.
+//! is done at once, as nearly always, while no more than [`AT_ONCE`] steps were needed between two [`Filter::tick`]s; otherwise the
+//! answer waits ([`Verdict::Held`]) while steps are done between bursts, as one of at most [`MAX_DELAYED`]; with more
+//! than that it is passed on early and the client may have to try again.
 //!
 //! Without names in any rule none of this costs more than one comparison for each batch; with them, frames are told from
 //! others by their protocol and port ([`firewall::resolver::sight`]).
@@ -37,7 +37,7 @@ pub use crate::offload::complete_bytes as complete_checksum;
 use crate::settings::{Report, Settings, Target};
 use crate::snapshot::Rules;
 
-/// Compilation steps that one answer to a client may cause before it is passed on.
+/// Compilation steps that answers to clients may cause at once between two ticks.
 const AT_ONCE: usize = 8;
 /// Answers that wait for rules to be compiled.
 const MAX_DELAYED: usize = 32;
@@ -85,6 +85,16 @@ struct Delayed {
     frame: Vec<u8>,
     /// The client's addresses.
     users: Vec<IpAddr>,
+    /// What their rules must know.
+    mark: u64,
+}
+
+impl Delayed {
+    fn is_ready(&self, settings: &Settings) -> bool {
+        self.users
+            .iter()
+            .all(|user| settings.is_since(*user, self.mark))
+    }
 }
 
 /// Engine, resolver and settings as one.
@@ -92,6 +102,8 @@ pub struct Filter {
     target: Target,
     settings: Settings,
     delayed: VecDeque<Delayed>,
+    /// Compilation steps that may still be done at once.
+    at_once: usize,
     /// The frame that was generated last.
     frame: Vec<u8>,
 }
@@ -109,6 +121,7 @@ impl Filter {
             },
             settings: Settings::new(options.host_policy),
             delayed: VecDeque::new(),
+            at_once: AT_ONCE,
             frame: Vec::new(),
         }
     }
@@ -239,23 +252,24 @@ impl Filter {
     fn teach(&mut self, item: &mut Work<'_>, egress: Iface) {
         self.follow_names();
         let Iface::Client(id) = egress else { return };
-        let users = Vec::from(self.target.engine.client_addresses(id));
-        for _ in 0..AT_ONCE {
-            if !is_stale(&self.settings, &users) {
+        let delayed = Delayed {
+            egress,
+            frame: Vec::new(),
+            users: Vec::from(self.target.engine.client_addresses(id)),
+            mark: self.settings.mark(),
+        };
+        while !delayed.is_ready(&self.settings) {
+            if self.at_once == 0 {
+                if self.delayed.len() < MAX_DELAYED
+                    && let Some(frame) = copy(&item.frame)
+                {
+                    self.delayed.push_back(Delayed { frame, ..delayed });
+                    item.verdict = Verdict::Held;
+                }
                 return;
             }
+            self.at_once -= 1;
             self.settings.step_refresh(&mut self.target);
-        }
-        if is_stale(&self.settings, &users)
-            && self.delayed.len() < MAX_DELAYED
-            && let Some(frame) = copy(&item.frame)
-        {
-            self.delayed.push_back(Delayed {
-                egress,
-                frame,
-                users,
-            });
-            item.verdict = Verdict::Held;
         }
     }
 
@@ -269,6 +283,7 @@ impl Filter {
     /// Lets time pass and moves everything on that is under way, one small step; expires at most `expiries` flows and
     /// fragments. Returns whether there is more to do now: frames to send, or the next step.
     pub fn tick(&mut self, now: Time, expiries: u32) -> bool {
+        self.at_once = AT_ONCE;
         self.settings.step(&mut self.target, now);
         let resolver = &mut self.target.resolver;
         if resolver.next_deadline().is_some_and(|due| due <= now) {
@@ -295,10 +310,7 @@ impl Filter {
     pub fn has_generated(&self) -> bool {
         self.target.engine.has_generated()
             || self.target.resolver.has_transmit()
-            || self
-                .delayed
-                .iter()
-                .any(|own| !is_stale(&self.settings, &own.users))
+            || self.delayed.iter().any(|own| own.is_ready(&self.settings))
     }
 
     /// Takes the next frame that we send by ourselves: the engine's, answers that had to wait, the resolver's queries.
@@ -308,7 +320,7 @@ impl Filter {
         if engine.has_generated() {
             return engine.next_generated();
         }
-        let ready = |own: &Delayed| !is_stale(&self.settings, &own.users);
+        let ready = |own: &Delayed| own.is_ready(&self.settings);
         if let Some(delayed) = self.delayed.iter().position(ready)
             && let Some(delayed) = self.delayed.remove(delayed)
         {
@@ -359,11 +371,6 @@ impl Filter {
     pub const fn uplink(&self) -> Option<&UplinkConfig> {
         self.settings.uplink()
     }
-}
-
-/// Whether rules for one of the addresses are about to be compiled again.
-fn is_stale(settings: &Settings, users: &[IpAddr]) -> bool {
-    users.iter().any(|user| settings.is_stale(*user))
 }
 
 /// A whole frame with complete checksums; `None` if it is too long or not all at hand.

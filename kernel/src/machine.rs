@@ -420,7 +420,7 @@ impl Firewall {
 
     fn counters(&self, machine: &MachineView) -> Vec<Counter> {
         let mut counters = observe::engine(self.data.filter.engine().counters());
-        counters.extend(observe::resolver(self.data.filter.resolver().counters()));
+        counters.extend(observe::resolver(self.data.filter.resolver()));
         counters.extend(observe::main_loop(self.data.counters()));
         counters.extend(observe::hypervisor(&machine.counters));
         counters.extend(observe::store(&self.control.counters()));

@@ -7,6 +7,8 @@ use alloc::borrow::Cow;
 use alloc::vec::Vec;
 use core::net::IpAddr;
 
+use firewall::resolver::Resolver;
+use firewall::ruleset::HostState;
 use firewall::{DropCounters, FlowCursor, FlowView};
 use netback::VifCounters;
 use netfront::UplinkCounters;
@@ -15,6 +17,11 @@ use xenstore::client::Counters as StoreCounters;
 
 use crate::data_path::LoopCounters;
 use crate::snapshot::{Counter, Flow};
+
+/// Names in rules, each family's for itself.
+pub(crate) const NAMES: &str = "resolver.names";
+/// Those of them that are not resolved.
+pub(crate) const UNRESOLVED: &str = "resolver.unresolved";
 
 /// Makes named counters out of the fields of a struct.
 macro_rules! named {
@@ -102,15 +109,27 @@ pub(crate) fn engine(counters: &firewall::Counters) -> Vec<Counter> {
 }
 
 /// The resolver's counters.
-pub(crate) fn resolver(counters: &firewall::resolver::Counters) -> Vec<Counter> {
-    named!("resolver.", counters, {
+pub(crate) fn resolver(resolver: &Resolver) -> Vec<Counter> {
+    let mut counters = named!("resolver.", resolver.counters(), {
         "lookups": lookups,
         "resolved": resolved,
         "failed": failed,
         "unexpected": unexpected,
         "refused-names": refused_names,
         "learned": learned,
-    })
+    });
+    let (mut names, mut unresolved) = (0u64, 0u64);
+    for name in resolver.names() {
+        names = names.wrapping_add(1);
+        unresolved = unresolved.wrapping_add(u64::from(name.state == HostState::Unresolved));
+    }
+    for (name, value) in [(NAMES, names), (UNRESOLVED, unresolved)] {
+        counters.push(Counter {
+            name: Cow::Borrowed(name),
+            value,
+        });
+    }
+    counters
 }
 
 /// The xenstore client's counters.

@@ -15,8 +15,9 @@
 //! # Names
 //!
 //! The names of a tree are given to the resolver before the tree is compiled. When what a name stands for has
-//! changed, the rules that are in force are compiled again (a *refresh*), apart from commits and beside them. A
-//! compilation that is under way then, for whatever reason, starts again: no rule set sees half of a change.
+//! changed, the rules that are in force are compiled again (a *refresh*), apart from commits and beside them, one address
+//! after the other. A change while rules are being compiled lets that go on and has them compiled once more, behind those of
+//! other addresses: names that change all the time cannot keep anybody's rules from coming into force.
 
 use alloc::borrow::Cow;
 use alloc::collections::VecDeque;
@@ -64,6 +65,8 @@ struct Live {
     chain: Option<Arc<RuleChain>>,
     /// Why everything is refused, if it is.
     refused: Option<String>,
+    /// When the compilation began that is in force.
+    begun: u64,
     /// The last commit's key and number to report.
     handled: Option<(HandledPath, u64)>,
 }
@@ -90,15 +93,18 @@ struct Compilation {
     address: IpAddr,
     chain: Arc<RuleChain>,
     compiler: Compiler<Arc<RuleChain>>,
+    /// When it began.
+    begun: u64,
 }
 
 impl Compilation {
-    fn new(address: IpAddr, chain: Arc<RuleChain>) -> Self {
+    fn new(address: IpAddr, chain: Arc<RuleChain>, begun: u64) -> Self {
         let compiler = Compiler::new(Arc::clone(&chain));
         Self {
             address,
             chain,
             compiler,
+            begun,
         }
     }
 }
@@ -130,6 +136,8 @@ pub struct Settings {
     /// Addresses whose rules are in force and must be compiled again.
     stale: VecDeque<IpAddr>,
     refresh: Option<Compilation>,
+    /// Counts changes of names and compilations, to tell which came first.
+    sequence: u64,
     /// Addresses that [`Settings::next_report`] has news of, each once.
     reports: VecDeque<IpAddr>,
     /// All existing settings have been seen once.
@@ -153,6 +161,7 @@ impl Settings {
             job: None,
             stale: VecDeque::new(),
             refresh: None,
+            sequence: 0,
             reports: VecDeque::new(),
             complete: false,
             told: Vec::new(),
@@ -205,7 +214,7 @@ impl Settings {
                     for address in all {
                         self.enqueue(address);
                     }
-                    self.start_again(None);
+                    self.start_again();
                 }
                 Event::ConnectedChanged => self.apply_network(target, now),
                 Event::MappedChanged => self.apply_mapped(&mut target.engine),
@@ -361,17 +370,27 @@ impl Settings {
     pub fn step_refresh(&mut self, target: &mut Target) {
         let refresh = match self.refresh.take() {
             Some(refresh) => refresh,
-            None => loop {
+            None => {
                 let Some(address) = self.stale.pop_front() else {
                     return;
                 };
-                let chain = self.live.get(&address).and_then(|live| live.chain.as_ref());
-                if let Some(chain) = chain {
-                    break Compilation::new(address, Arc::clone(chain));
+                // The resolver knows the names of the rules that are about to come into force: those first.
+                if matches!(&self.job, Some(Job::Compiling(own)) if own.address == address) {
+                    return self.stale.push_back(address);
                 }
-            },
+                let live = self.live.get(&address);
+                let Some(chain) = live.and_then(|live| live.chain.clone()) else {
+                    return;
+                };
+                Compilation::new(address, chain, self.next_sequence())
+            }
         };
         self.refresh = self.compile(target, refresh);
+    }
+
+    const fn next_sequence(&mut self) -> u64 {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.sequence
     }
 
     /// Whether [`Settings::step`] has work.
@@ -384,42 +403,36 @@ impl Settings {
         self.refresh.is_some() || !self.stale.is_empty()
     }
 
-    /// Whether the rules in force for an address are about to be compiled again, because what a name stands for has
-    /// changed.
-    #[must_use]
-    pub fn is_stale(&self, address: IpAddr) -> bool {
-        self.stale.contains(&address)
-            || self
-                .refresh
-                .as_ref()
-                .is_some_and(|own| own.address == address)
-            || matches!(&self.job, Some(Job::Compiling(own)) if own.address == address)
-    }
-
     /// What names in the rules of an address stand for has changed: they are compiled again in the next
     /// [`Settings::step`]s.
     pub fn names_changed(&mut self, address: IpAddr) {
-        self.start_again(Some(address));
-        let under_way = |own: &Compilation| own.address == address;
-        let committing = matches!(&self.job, Some(Job::Compiling(own)) if under_way(own));
-        let refreshing = self.refresh.as_ref().is_some_and(under_way);
-        if !committing && !refreshing && !self.stale.contains(&address) {
+        self.next_sequence();
+        if !self.stale.contains(&address) && self.stale.len() < MAX_WAITING {
             self.stale.push_back(address);
         }
     }
 
-    /// Starts compilations under way from the beginning: all, or those for one address.
-    fn start_again(&mut self, address: Option<IpAddr>) {
-        let restart = |own: &mut Compilation| {
-            if address.is_none_or(|address| address == own.address) {
-                own.compiler = Compiler::new(Arc::clone(&own.chain));
-            }
-        };
+    /// A mark for [`Settings::is_since`].
+    #[must_use]
+    pub const fn mark(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Whether the rules in force for an address know everything that [`Settings::names_changed`] told before `mark`.
+    #[must_use]
+    pub fn is_since(&self, address: IpAddr, mark: u64) -> bool {
+        let refreshing = |own: &Compilation| own.address == address;
+        let waits = self.stale.contains(&address) || self.refresh.as_ref().is_some_and(refreshing);
+        !waits || self.live.get(&address).is_none_or(|live| live.begun > mark)
+    }
+
+    /// Starts compilations under way from the beginning.
+    fn start_again(&mut self) {
         if let Some(Job::Compiling(own)) = &mut self.job {
-            restart(own);
+            own.compiler = Compiler::new(Arc::clone(&own.chain));
         }
         if let Some(own) = &mut self.refresh {
-            restart(own);
+            own.compiler = Compiler::new(Arc::clone(&own.chain));
         }
     }
 
@@ -438,7 +451,9 @@ impl Settings {
                 if !target.resolver.set_names(address, chain.host_names(), now) {
                     log::warn!("rules of {address}: too many names; some stay unresolved");
                 }
-                Some(Job::Compiling(Compilation::new(address, Arc::new(chain))))
+                let begun = self.next_sequence();
+                let chain = Arc::new(chain);
+                Some(Job::Compiling(Compilation::new(address, chain, begun)))
             }
             ReloadProgress::Failed(error) => {
                 self.cancel_refresh(address);
@@ -455,6 +470,7 @@ impl Settings {
             address,
             chain,
             compiler,
+            begun,
         } = compilation;
         let resolvers4 = resolvers4(&self.network);
         let environment = RuleEnvironment {
@@ -469,6 +485,7 @@ impl Settings {
                     address,
                     chain,
                     compiler,
+                    begun,
                 });
             }
             Progress::Done(rules) => {
@@ -478,6 +495,9 @@ impl Settings {
             Progress::Failed(error) => {
                 self.refuse(&mut target.engine, address, Some(chain), error.to_string());
             }
+        }
+        if let Some(live) = self.live.get_mut(&address) {
+            live.begun = begun;
         }
         None
     }

@@ -291,6 +291,33 @@ fn long_rule_lists_make_the_answer_wait_until_they_are_compiled() {
 }
 
 #[test]
+fn answers_without_end_do_not_keep_earlier_ones_waiting() {
+    let mut world = World::new(Options::default());
+    let mut rules = vec!["action=drop dst4=203.0.113.0/24 proto=udp"; 6000];
+    rules.extend([BY_NAME, DNS]);
+    world.rules(&rules);
+    assert_eq!(world.answer_own(&[WEB]), Verdict::Deliver);
+    let mut first_out = None;
+    for round in 0..3000_u16 {
+        let asked = world.ask(round, "web.example");
+        let [high, low] = round.to_be_bytes();
+        let verdict = world.answer_client(asked, &[[100, 64 + high, low, 1]]);
+        if round == 0 {
+            assert_eq!(verdict, Verdict::Held);
+        }
+        // One step of the main loop between two answers.
+        world.filter.tick(world.now, 64);
+        world.take_made();
+        if !world.made.is_empty() {
+            first_out = Some(round);
+            break;
+        }
+    }
+    assert!(first_out.is_some_and(|round| round > 0), "{first_out:?}");
+    assert_eq!(world.connect([100, 64, 0, 1], 1000), ACCEPTED);
+}
+
+#[test]
 fn only_answers_to_queries_of_this_client_teach() {
     let mut world = World::new(Options::default());
     world.rules(&[BY_NAME, DNS]);

@@ -25,6 +25,7 @@ const OWN: [u8; 4] = [10, 137, 0, 5];
 const WEB: [u8; 4] = [198, 51, 100, 1];
 
 const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 const SYN_ACK: u8 = 0x12;
 
@@ -222,7 +223,7 @@ fn tcp(macs: (Mac, Mac), ends: ([u8; 4], u16), to: ([u8; 4], u16), flags: u8, ac
         if flags == SYN_ACK {
             500
         } else {
-            100 + u32::from(flags == ACK)
+            100 + u32::from(flags != SYN)
         },
         8192,
     );
@@ -231,6 +232,9 @@ fn tcp(macs: (Mac, Mac), ends: ([u8; 4], u16), to: ([u8; 4], u16), flags: u8, ac
     }
     if flags & ACK != 0 {
         builder = builder.ack(ack);
+    }
+    if flags & RST != 0 {
+        builder = builder.rst();
     }
     let mut frame = Vec::new();
     builder.write(&mut frame, &[]).unwrap();
@@ -605,6 +609,134 @@ fn offloaded_frames_are_completed() {
     assert_eq!(run.verdict(1), "accept 0 uplink");
     checksums_are_right(&run.sent("uplink")[0]);
     assert_eq!(run.verdict(2), "drop bad-checksum");
+}
+
+#[test]
+fn packet_that_ends_its_flow_names_the_rule_that_let_it_start() {
+    let mut world = World::new();
+    world.rules(
+        "config",
+        "10.137.0.10",
+        &["action=drop proto=udp", "action=accept"],
+    );
+    world.frame(0, 0, "c1", up(40000, (WEB, 80), SYN, 0));
+    // The client gives up before anybody answers.
+    world.frame(0, 1, "c1", up(40000, (WEB, 80), RST, 0));
+    let late = tcp((FIREWALL, UPLINK), (WEB, 80), (OWN, 40000), SYN_ACK, 101);
+    world.frame(0, 2, "uplink", late);
+    let run = world.run();
+    assert_eq!(run.verdict(2), "accept 1 uplink");
+    assert_eq!(run.frame(2)["nat"]["src"]["to"], "10.137.0.5");
+    assert_eq!(run.verdict(3), "drop unsolicited");
+}
+
+/// A DNS message about `www.example.org`, type A, with an answer if there is an address.
+fn dns(id: u16, address: Option<[u8; 4]>) -> Vec<u8> {
+    let mut message = Vec::from(id.to_be_bytes());
+    let flags = if address.is_some() {
+        [0x81, 0x80]
+    } else {
+        [1, 0]
+    };
+    message.extend(flags);
+    message.extend([0, 1, 0, u8::from(address.is_some()), 0, 0, 0, 0]);
+    message.extend(b"\x03www\x07example\x03org\0\0\x01\0\x01");
+    if let Some(address) = address {
+        message.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+        message.extend(address);
+    }
+    message
+}
+
+#[test]
+fn names_are_learned_from_answers_and_the_resolver_can_be_answered() {
+    let mut world = World::new();
+    let rules = [
+        "action=accept dsthost=www.example.org",
+        "action=accept specialtarget=dns",
+    ];
+    world.rules("config", "10.137.0.10", &rules);
+    let (one, two, three) = ([198, 51, 100, 1], [198, 51, 100, 2], [198, 51, 100, 3]);
+    let virtual_dns = ([10, 139, 1, 1], 53);
+    world.frame(
+        1,
+        0,
+        "c1",
+        udp((C1, FIREWALL), (C1_IP, 5000), virtual_dns, &dns(7, None)),
+    );
+    let answer = dns(7, Some(two));
+    let answer = udp(
+        (FIREWALL, UPLINK),
+        ([192, 168, 1, 1], 53),
+        (OWN, 5000),
+        &answer,
+    );
+    world.frame(1, 1, "uplink", answer);
+    for (port, to) in [(1, one), (2, two), (3, three)] {
+        world.frame(1, 2, "c1", up(port, (to, 80), SYN, 0));
+    }
+    let run = world.run();
+    assert_eq!(run.verdict(3), "reject policy policy");
+    assert_eq!(run.verdict(4), "accept 0 uplink");
+    assert_eq!(run.verdict(5), "reject policy policy");
+
+    // The resolver's question is the same in every run, so a capture can hold the answer.
+    let question = run.sent("uplink").into_iter().next().unwrap();
+    let sliced = SlicedPacket::from_ethernet(&question).unwrap();
+    let Some(TransportSlice::Udp(sent)) = sliced.transport else {
+        panic!("no UDP");
+    };
+    let id = u16::from_be_bytes(*sent.payload().first_chunk().unwrap());
+    let answer = dns(id, Some(one));
+    let to = (OWN, sent.source_port());
+    let answer = udp((FIREWALL, UPLINK), ([192, 168, 1, 1], 53), to, &answer);
+    world.frames.insert(0, (1001, 0, "uplink", answer));
+    let run = world.run();
+    assert_eq!(run.lines[0]["generated"], "dns-query");
+    let local = run
+        .lines
+        .iter()
+        .find(|line| line["verdict"] == "local")
+        .unwrap();
+    assert_eq!(local["reason"], "answer-to-us");
+    assert_eq!(run.verdict(4), "accept 0 uplink");
+    assert_eq!(run.verdict(5), "accept 0 uplink");
+    assert_eq!(run.verdict(6), "reject policy policy");
+}
+
+#[test]
+fn client_that_believes_in_another_address_is_translated_twice() {
+    let mut world = World::new();
+    world.rules("config", "10.137.0.10", &["action=accept"]);
+    for (name, value) in [
+        ("visible-ip", "192.168.1.128"),
+        ("visible-gateway", "192.168.1.1"),
+    ] {
+        world.file(
+            &format!("config/qubesdb/mapped-ip/10.137.0.10/{name}"),
+            value,
+        );
+    }
+    let visible = ([192, 168, 1, 128], 5000);
+    world.frame(0, 0, "c1", udp((C1, FIREWALL), visible, (WEB, 7), b"x"));
+    world.frame(
+        0,
+        1,
+        "uplink",
+        udp((FIREWALL, UPLINK), (WEB, 7), (OWN, 5000), b"y"),
+    );
+    world.frame(
+        0,
+        2,
+        "c1",
+        udp((C1, FIREWALL), (C1_IP, 5000), (WEB, 7), b"x"),
+    );
+    let run = world.run();
+    let turned = serde_json::json!({"src": {"from": "192.168.1.128", "to": "10.137.0.5"}});
+    assert_eq!(run.frame(1)["nat"], turned);
+    let turned = serde_json::json!({"dst": {"from": "10.137.0.5", "to": "192.168.1.128"}});
+    assert_eq!(run.frame(2)["nat"], turned);
+    assert_eq!(run.verdict(3), "drop spoofed-source");
 }
 
 #[test]

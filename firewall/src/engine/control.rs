@@ -171,7 +171,7 @@ impl Engine {
     }
 
     /// The rule, or the policy, that decided the last frame, if the rules were asked about it. They are
-    /// asked when a flow starts.
+    /// asked when a flow starts. For a frame that ends its flow at once, the one that let the flow start.
     pub fn last_rule(&self) -> Option<RuleRef> {
         self.core.last_rule
     }

@@ -14,7 +14,7 @@ use crate::conntrack::table::FlowTable;
 use crate::conntrack::tcp::{Segment, Track, Tracked};
 use crate::frame::{Checksum, ClientId, Frame, Iface, Time};
 use crate::registry::Rules;
-use crate::rule::Action;
+use crate::rule::{Action, RuleNumber};
 use crate::ruleset::{RuleRef, UpperLayer};
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::transport::{self, Kind};
@@ -96,7 +96,7 @@ pub(crate) fn follow<A: Local>(
     }
     core.last_flow = number;
     if last {
-        table.remove(number);
+        end_with(core, table, number);
     }
     let egress = if reply {
         Iface::Client(ClientId(vif))
@@ -181,6 +181,15 @@ fn end<A: Local>(core: &mut Core, table: &mut FlowTable<A>, number: u32) -> Pass
 fn end_quietly<A: Local>(table: &mut FlowTable<A>, number: u32) -> Passage {
     table.remove(number);
     Passage::NoFlow
+}
+
+/// The flow ends with this packet, so nobody can ask it any more which rule let it start.
+#[cold]
+fn end_with<A: Local>(core: &mut Core, table: &mut FlowTable<A>, number: u32) {
+    let rule = table.get(number).map(|flow| flow.rule);
+    core.last_rule =
+        rule.map(|rule| RuleNumber::new(rule).map_or(RuleRef::Policy, RuleRef::Number));
+    table.remove(number);
 }
 
 /// Asks the rules again about a flow, and remembers if they still allow it (D5).

@@ -99,6 +99,8 @@ struct Cause {
     number: Option<u64>,
     /// What it carries goes on here, as frames of ours.
     onward: Option<Iface>,
+    /// It was an answer to the resolver, which may ask on because of it.
+    is_answer: bool,
 }
 
 impl<W: Write> Replay<W> {
@@ -223,7 +225,10 @@ impl<W: Write> Replay<W> {
             self.report.made(&Made {
                 kind,
                 time,
-                cause: cause.number,
+                // Otherwise a question that happens to be due now.
+                cause: cause
+                    .number
+                    .filter(|_| kind != "dns-query" || cause.is_answer),
                 out: self.names.get(index).map_or("", String::as_str),
                 content,
                 len: made.bytes.len(),
@@ -248,6 +253,7 @@ impl<W: Write> Replay<W> {
         let (verdict, ingress) = self.process(index, &mut bytes);
         let mut cause = Cause {
             number: Some(taken.number),
+            is_answer: verdict == Verdict::Deliver,
             ..Cause::default()
         };
         let mut fate = self.fate(verdict, ingress, &came);

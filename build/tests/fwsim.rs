@@ -630,6 +630,37 @@ fn packet_that_ends_its_flow_names_the_rule_that_let_it_start() {
     assert_eq!(run.verdict(3), "drop unsolicited");
 }
 
+#[test]
+fn own_mac_on_the_uplink_is_found_in_this_order() {
+    let other = [2, 0, 0, 0, 0, 9];
+    let sent_with = |world: &World| world.run().sent("uplink")[0][6..12].to_vec();
+    let mut world = World::new();
+    world.rules("config", "10.137.0.10", &["action=accept"]);
+    world.frame(
+        0,
+        0,
+        "uplink",
+        udp((UPLINK, FIREWALL), (OWN, 1), (WEB, 1), b"ours"),
+    );
+    world.frame(
+        0,
+        1,
+        "uplink",
+        udp((FIREWALL, other), (WEB, 1), (OWN, 1), b"theirs"),
+    );
+    world.frame(1, 0, "c1", up(40000, (WEB, 80), SYN, 0));
+    assert_eq!(sent_with(&world), UPLINK);
+    fs::remove_file(world.folder.join("config/qubesdb/qubes-mac")).unwrap();
+    assert_eq!(sent_with(&world), other);
+    world.arguments = vec!["--uplink-mac".into(), "02:00:00:00:00:07".into()];
+    assert_eq!(sent_with(&world), [2, 0, 0, 0, 0, 7]);
+    world.arguments.clear();
+    world.frames.remove(1);
+    assert_eq!(sent_with(&world), FIREWALL);
+    world.frames.remove(0);
+    assert_eq!(sent_with(&world), [0, 0x16, 0x3e, 0x5e, 0x6c, 0]);
+}
+
 /// A DNS message about `www.example.org`, type A, with an answer if there is an address.
 fn dns(id: u16, address: Option<[u8; 4]>) -> Vec<u8> {
     let mut message = Vec::from(id.to_be_bytes());

@@ -248,9 +248,17 @@ fn uplink_mac(
         .iter()
         .filter(|(index, ..)| *index == uplink)
         .flat_map(|(_, capture, _)| &capture.frames);
-    let is_ours = |mac: &&[u8; 6]| mac[0] & 1 == 0 && **mac != GATEWAY_MAC;
-    let mut destinations = frames.filter_map(|frame| frame.bytes.first_chunk::<6>());
-    Ok(destinations.find(is_ours).copied().unwrap_or(UPLINK_MAC))
+    // A capture of both directions has frames to the netvm, too.
+    let mut first = None;
+    for mac in frames.filter_map(|frame| frame.bytes.first_chunk::<6>()) {
+        if mac[0] & 1 == 0 {
+            first = first.or(Some(*mac));
+            if *mac != GATEWAY_MAC {
+                return Ok(*mac);
+            }
+        }
+    }
+    Ok(first.unwrap_or(UPLINK_MAC))
 }
 
 /// Creates a capture file for every interface, but never over an input.

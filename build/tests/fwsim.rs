@@ -809,6 +809,10 @@ fn whatever_is_wrong_is_said_in_one_line_with_status_2() {
     assert_eq!(world.error(), "error: --at soon: not a number of seconds\n");
     world.arguments = vec!["--at".into(), "1".into(), "/nowhere".into()];
     assert_eq!(world.error(), "error: /nowhere: not a folder\n");
+    let config = world.folder.join("config").display().to_string();
+    world.arguments = vec!["--at".into(), "4294967295.5".into(), config];
+    let error = "error: --at 4294967295: beyond the times that captures can hold\n";
+    assert_eq!(world.error(), error);
     world.arguments = vec!["--uplink-mac".into(), "x".into()];
     assert_eq!(world.error(), "error: --uplink-mac x: not a MAC address\n");
     world.arguments = Vec::new();

@@ -117,6 +117,11 @@ pub fn replay<W: Write>(arguments: &FwsimArguments, out: W) -> Result<W> {
     let mut current = keys.clone();
     for (seconds, new) in changes {
         let time = origin.saturating_add(seconds);
+        ensure!(
+            u32::try_from(time / 1_000_000_000).is_ok(),
+            "--at {}: beyond the times that captures can hold",
+            seconds / 1_000_000_000
+        );
         all.push(Event::Change(time, current.changes(&new)));
         current = new;
     }

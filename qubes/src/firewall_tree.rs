@@ -106,7 +106,11 @@ impl ChainReader {
             }
             TreeKey::Rule(number) => {
                 let rule = parse_rule(number, self.family, value).map_err(TreeError::Rule)?;
-                self.rules.extend(rule);
+                if let Some(rule) = rule {
+                    // Keys come in order, so this is nearly always the end.
+                    let at = self.rules.partition_point(|known| known.number <= number);
+                    self.rules.insert(at, rule);
+                }
             }
             TreeKey::Other(key) => return Err(TreeError::BadKey(Excerpt::new(key.as_bytes()))),
         }
@@ -118,9 +122,8 @@ impl ChainReader {
     /// # Errors
     ///
     /// [`TreeError`] if the tree as a whole makes no sense.
-    pub fn finish(mut self) -> Result<RuleChain, TreeError> {
+    pub fn finish(self) -> Result<RuleChain, TreeError> {
         let policy = self.policy.ok_or(TreeError::NoPolicy)?;
-        self.rules.sort_by_key(|rule| rule.number);
         RuleChain::new(self.family, policy, self.rules).map_err(TreeError::Chain)
     }
 }

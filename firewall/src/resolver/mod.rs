@@ -278,19 +278,22 @@ impl Resolver {
     ) -> bool {
         let family = family_of(user);
         let old = self.users.remove(&user).unwrap_or_default();
-        let mut keys = Vec::new();
+        let mut keys: Vec<u32> = Vec::new();
         let mut is_room = true;
         for name in names {
             match self.use_name(family, name, user, now) {
-                Some(key) => keys.push(key),
+                Some(key) => {
+                    // New names have growing keys, so this is nearly always the end.
+                    if let Err(at) = keys.binary_search(&key) {
+                        keys.insert(at, key);
+                    }
+                }
                 None => {
                     is_room = false;
                     self.counters.refused_names += 1;
                 }
             }
         }
-        keys.sort_unstable();
-        keys.dedup();
         for key in old {
             if keys.binary_search(&key).is_err() {
                 self.unuse(key, user);

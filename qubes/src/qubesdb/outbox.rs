@@ -8,7 +8,7 @@
 //! One gap is left: somebody in dom0 removes one of *our* keys in the moment in which our removal is under way. Nothing
 //! in the protocol closes it.
 
-use alloc::collections::{BTreeSet, VecDeque};
+use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
 use super::message::{self, Value};
@@ -52,6 +52,34 @@ impl Operation {
     }
 }
 
+/// Keys, in order. A sorted vector: a tree would be several times the code.
+#[derive(Debug, Default)]
+struct Paths(Vec<Path>);
+
+impl Paths {
+    fn contains(&self, path: &Path) -> bool {
+        self.0.binary_search(path).is_ok()
+    }
+
+    fn insert(&mut self, path: Path) {
+        if let Err(at) = self.0.binary_search(&path) {
+            self.0.insert(at, path);
+        }
+    }
+
+    const fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    fn retain(&mut self, stays: impl Fn(&Path) -> bool) {
+        self.0.retain(stays);
+    }
+}
+
 /// What waits to be sent or answered, and the shadow of our keys in dom0.
 #[derive(Debug, Default)]
 pub struct Outbox {
@@ -59,9 +87,9 @@ pub struct Outbox {
     /// How many at the front of the queue were sent on this connection and await their answer.
     sent: usize,
     bytes: usize,
-    shadow: BTreeSet<Path>,
+    shadow: Paths,
     /// The shadow of the dump that is arriving.
-    incoming: BTreeSet<Path>,
+    incoming: Paths,
 }
 
 fn is_ours(path: &Path) -> bool {
@@ -78,8 +106,8 @@ impl Outbox {
             queue: VecDeque::new(),
             sent: 0,
             bytes: 0,
-            shadow: BTreeSet::new(),
-            incoming: BTreeSet::new(),
+            shadow: Paths(Vec::new()),
+            incoming: Paths(Vec::new()),
         }
     }
 

@@ -9,8 +9,9 @@ use clap::Args;
 
 use crate::claims::{self, Claim, NotSo, must};
 use crate::image::{self, Image, Variant};
+use crate::lab::double::Double;
 use crate::lab::machine::MachineOptions;
-use crate::lab::topology::{FirewallKind, Topology};
+use crate::lab::topology::{FirewallKind, Source, Topology};
 use crate::lab::world::{LabWorld, WorldOptions};
 use crate::lab::{Base, LabOptions};
 use crate::observe::snapshot;
@@ -244,6 +245,9 @@ impl Run<'_> {
         if self.wants("boot-time") || claims::COST.iter().any(|claim| self.wants(claim.name)) {
             self.measured_world(&base, &image);
         }
+        if claims::QUBES.iter().any(|claim| self.wants_of_qubes(claim)) {
+            self.qubes_world(&base, &image);
+        }
         if self.wants("panic") {
             self.crash(&base);
         }
@@ -255,6 +259,7 @@ impl Run<'_> {
             .chain(claims::MORE)
             .chain(claims::COST)
             .any(|claim| self.wants(claim.name))
+            || claims::QUBES.iter().any(|claim| self.wants_of_qubes(claim))
             || ["boot", "boot-time", "small", "panic"]
                 .iter()
                 .any(|name| self.wants(name))
@@ -301,6 +306,36 @@ impl Run<'_> {
         };
         for claim in claims::MAIN {
             self.report.claim(self.screen, "small", &mut world, claim);
+        }
+    }
+
+    /// Whether a claim is wanted in the lab of Qubes: those that are checked elsewhere, too, only with all the others.
+    fn wants_of_qubes(&self, claim: &Claim) -> bool {
+        self.wants("qubes") || (claim.name.starts_with("qubes-") && self.wants(claim.name))
+    }
+
+    /// Checks what Qubes OS wants, in one boot of the lab.
+    fn qubes_world(&mut self, base: &Base, image: &Image) {
+        let mut topology = Topology::new(FirewallKind::Image(image.path.clone()), CLIENTS);
+        topology.firewall.source = Source::QubesDb;
+        let options = WorldOptions {
+            lab: self.lab_options(self.arguments.icount),
+            booted_clients: true,
+        };
+        let mut world = None;
+        let started = LabWorld::start(base, self.screen, options, topology);
+        self.report.check("qubes", "boot", || {
+            let running = world.insert(started?);
+            let (_, line) = readiness(running)?;
+            let mut seen = Double::loopback(&running.lab)?;
+            seen.insert(0, line);
+            Ok(seen)
+        });
+        let Some(mut world) = world else { return };
+        for claim in claims::QUBES {
+            if self.wants_of_qubes(claim) {
+                self.report.claim(self.screen, "qubes", &mut world, claim);
+            }
         }
     }
 

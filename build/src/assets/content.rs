@@ -13,6 +13,7 @@ pub const DOM0_PROGRAMS: &[&str] = &[
     "xenconsole",
     "xen-init-dom0",
     "xentop",
+    "lsevtchn",
     "xenstore",
     "iperf3",
 ];

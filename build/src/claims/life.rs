@@ -274,7 +274,7 @@ fn shutdown(world: &mut LabWorld) -> Result<Vec<String>> {
         std::thread::sleep(Duration::from_millis(100));
     }
     must(gone(world)?, || "the domain is still there".to_owned())?;
-    world.forget_firewall();
+    world.forget_firewall()?;
     for client in clients(world) {
         world.detach(&client)?;
     }

@@ -10,6 +10,8 @@ pub mod hostile;
 pub mod life;
 pub mod names;
 pub mod policy;
+pub mod qubes;
+pub mod soak;
 pub mod traffic;
 
 use std::fmt;
@@ -65,6 +67,23 @@ pub const MORE: &[Claim] = &[
 
 /// The claims about cost, which are checked by the instruction clock: there they give the same numbers on any host.
 pub const COST: &[Claim] = &[traffic::HYPERCALLS];
+
+/// The claims about Qubes OS: the settings come from QubesDB, and dom0 calls by qrexec.
+pub const QUBES: &[Claim] = &[
+    qubes::START,
+    traffic::NAT,
+    policy::REJECT,
+    qubes::COMMIT,
+    qubes::CLIENT_STARTS,
+    qubes::NETVM,
+    qubes::SERVICES,
+    qubes::INPUT,
+    qubes::CALLS,
+    qubes::CHANNELS_LOST,
+    qubes::DAEMONS_RESTARTED,
+    qubes::SHUTDOWN,
+    qubes::TIMES,
+];
 
 /// A promise was not kept.
 #[derive(Debug)]

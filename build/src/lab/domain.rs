@@ -47,7 +47,8 @@ pub struct Vif {
 
 impl Vif {
     /// The words of a configuration line or of `xl network-attach`.
-    fn words(&self) -> Vec<String> {
+    #[must_use]
+    pub fn words(&self) -> Vec<String> {
         let mut words = vec![format!("mac={}", self.mac), format!("ip={}", self.ip)];
         words.extend(
             self.backend

@@ -4,6 +4,8 @@
 //! wanted, is kept running beside the domain, and carries out scenarios: see `dom0_double::scenario` for what one can
 //! say. What would end the real daemons ends it, and then every later scenario is a failure of the firewall.
 
+use std::fmt::Display;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -78,21 +80,73 @@ impl Double {
         Ok(played.steps.into_iter().map(|(text, _)| text).collect())
     }
 
-    /// Starts the daemons for a domain, which must not run yet: the real ones offer QubesDB before.
+    /// Has `count` clients with this address come and go behind a domain, quickly: the double is toolstack and
+    /// frontend. Returns the longest time that one took, in milliseconds.
+    ///
+    /// # Errors
+    ///
+    /// [`NotSo`] if the backend does not take part.
+    pub fn cycles(
+        lab: &Lab,
+        backend: u32,
+        count: u32,
+        (address, gateway): (Ipv4Addr, Ipv4Addr),
+        limit: Duration,
+    ) -> Result<u64> {
+        let output = lab.run(
+            &format!("{PROGRAM} --cycles {count} --domid {backend} --address {address} --gateway {gateway}"),
+            limit,
+        )?;
+        let played = verdict(&output)?;
+        played.milliseconds("the longest").context("no time")
+    }
+
+    /// Starts the daemons for a domain, with a database. The domain must not run yet: the real ones offer QubesDB
+    /// before it is unpaused.
     ///
     /// # Errors
     ///
     /// If they do not come up.
-    pub fn start(lab: &Lab, domid: u32, greeting: &str) -> Result<Self> {
-        let (socket, log) = (socket(domid), log(domid));
-        let command = format!(
-            "rm -f {socket}; {PROGRAM} --domid {domid} --greeting {greeting} --socket {socket} > {log} 2>&1 &
-            pid=$!; n=0
-            until [ -S {socket} ] && xenstore-read /local/domain/0/data/vchan/{domid}/111/event-channel > /dev/null 2>&1
-            do n=$((n+1)); [ $n -lt 100 ] || {{ cat {log}; exit 1; }}; sleep 0.05; done
-            echo $pid"
-        );
-        let said = lab.ask(&command, COMMAND)?;
+    pub fn start(lab: &Lab, domid: u32, greeting: &str, database: &str) -> Result<Self> {
+        let path = database_path(domid);
+        lab.put(&path, 0o644, database.as_bytes())?;
+        let script = Self::start_command(&domid.to_string(), greeting, &path);
+        lab.ask(&script, COMMAND)?;
+        Self::running(lab, domid)
+    }
+
+    /// The same as part of a script that runs in dom0, after which [`Double::running`] finds them. `id` is the domain's
+    /// number or a shell variable that holds it, `database` a file.
+    #[must_use]
+    pub fn start_command(id: &str, greeting: &str, database: &str) -> String {
+        let (socket, log) = (socket(id), log(id));
+        format!(
+            "rm -f {socket}
+            {PROGRAM} --domid {id} --greeting {greeting} --socket {socket} --database {database} > {log} 2>&1 &
+            echo $! > /lab/run/double.pid
+            n=0
+            until [ -S {socket} ]; do n=$((n+1)); [ $n -lt 500 ] || {{ cat {log}; exit 1; }}; sleep 0.01; done"
+        )
+    }
+
+    /// The part of a script that waits for the greeting of qrexec.
+    #[must_use]
+    pub fn greeting_command(id: &str) -> String {
+        format!(
+            "printf 'limit 60000\\nwait qrexec\\n' > /lab/run/greeting
+            {PROGRAM} --send {} /lab/run/greeting > /dev/null || {{ cat {}; exit 1; }}",
+            socket(id),
+            log(id)
+        )
+    }
+
+    /// The daemons that a script has started.
+    ///
+    /// # Errors
+    ///
+    /// If it has not.
+    pub fn running(lab: &Lab, domid: u32) -> Result<Self> {
+        let said = lab.ask("cat /lab/run/double.pid", COMMAND)?;
         let pid = said.trim().parse().context("no process number")?;
         Ok(Self { domid, pid })
     }
@@ -141,11 +195,15 @@ impl Double {
     }
 }
 
-fn socket(domid: u32) -> String {
+fn socket(domid: impl Display) -> String {
     format!("/lab/run/double-{domid}")
 }
 
-fn log(domid: u32) -> String {
+fn database_path(domid: impl Display) -> String {
+    format!("/lab/run/database-{domid}")
+}
+
+fn log(domid: impl Display) -> String {
     format!("/var/log/double-{domid}.log")
 }
 

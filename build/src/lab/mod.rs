@@ -26,6 +26,7 @@ mod linux_firewall;
 pub mod machine;
 mod qmp;
 mod snapshot;
+pub mod timing;
 pub mod topology;
 pub mod world;
 

@@ -43,11 +43,23 @@ pub enum FirewallKind {
     None,
 }
 
+/// Where the image gets its settings and rules from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Source {
+    /// xenstore, below its own `vm-data/`: plain Xen.
+    #[default]
+    Xenstore,
+    /// QubesDB, from the double of dom0's daemons: Qubes OS.
+    QubesDb,
+}
+
 /// The firewall.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FirewallSpec {
     /// What it is.
     pub kind: FirewallKind,
+    /// Where its settings come from, if it is the image.
+    pub source: Source,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// Command line of the image.
@@ -69,6 +81,7 @@ impl FirewallSpec {
         };
         Self {
             kind,
+            source: Source::default(),
             memory_mib,
             arguments: String::new(),
             ipv6: true,

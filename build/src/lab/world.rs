@@ -12,14 +12,16 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::domain::Domain;
+use super::double::{Double, Played};
 use super::internet::{DNS, DNS2, UPLINK, UPLINK6, VIRTUAL_DNS};
 use super::link::{Link, Output};
 use super::linux_firewall;
 use super::topology::{
-    ClientSpec, FIREWALL, FIREWALL_MAC, FIREWALL6, FirewallKind, FirewallSpec, IMAGE_PATH,
-    Topology, address_key, rule_tree,
+    ClientSpec, FIREWALL, FIREWALL_MAC, FIREWALL_NAME, FIREWALL6, FirewallKind, FirewallSpec,
+    IMAGE_PATH, Source, Topology, address_key, rule_tree,
 };
 use super::{Base, Lab, LabOptions};
+use crate::assets;
 use crate::screen::Screen;
 use crate::workspace::Key;
 
@@ -31,6 +33,9 @@ const LINK_UP: Duration = Duration::from_secs(30);
 
 /// How long a small command in a guest may take.
 const COMMAND: Duration = Duration::from_secs(30);
+
+/// How dom0's qrexec daemon answers a greeting: as the newest release does.
+pub(super) const GREETING: &str = "echo";
 
 /// How a world is built.
 #[derive(Debug, Clone, Copy, Default)]
@@ -48,11 +53,18 @@ pub struct LabWorld {
     pub lab: Lab,
     topology: Topology,
     firewall: Option<Domain>,
+    double: Option<Double>,
     clients: BTreeMap<String, Domain>,
     screen: Screen,
 }
 
 impl LabWorld {
+    /// The firewall is running: it was started by a script.
+    pub(super) fn adopt(&mut self, firewall: Domain, double: Option<Double>) {
+        self.firewall = Some(firewall);
+        self.double = double;
+    }
+
     /// Builds a topology, firewall first.
     ///
     /// # Errors
@@ -69,6 +81,10 @@ impl LabWorld {
         } else {
             Self::empty(Lab::start(base, screen, options.lab)?, screen, topology)
         };
+        if world.is_qubes() {
+            let program = assets::build_double(&base.workspace, screen)?;
+            Double::install(&world.lab, &program)?;
+        }
         world.start_firewall()?;
         let names: Vec<String> = world
             .topology
@@ -97,6 +113,7 @@ impl LabWorld {
             lab,
             topology,
             firewall: None,
+            double: None,
             clients: BTreeMap::new(),
             screen: *screen,
         }
@@ -213,14 +230,24 @@ impl LabWorld {
                 let image = std::fs::read(path)
                     .with_context(|| format!("cannot read the image {}", path.display()))?;
                 self.lab.put(IMAGE_PATH, 0o644, &image)?;
-                let settings = self.image_settings();
-                let domain = self.lab.create(&spec, |domain| {
-                    self.write_settings(domain, &settings)?;
-                    for client in &self.topology.clients {
-                        self.write_tree(domain, client)?;
-                    }
-                    Ok(())
-                })?;
+                let domain = if self.is_qubes() {
+                    let (mut double, database) = (None, self.database());
+                    let domain = self.lab.create(&spec, |domain| {
+                        double = Some(Double::start(&self.lab, domain.domid, GREETING, &database)?);
+                        Ok(())
+                    })?;
+                    self.double = double;
+                    domain
+                } else {
+                    let settings = self.image_settings();
+                    self.lab.create(&spec, |domain| {
+                        self.write_settings(domain, &settings)?;
+                        for client in &self.topology.clients {
+                            self.write_tree(domain, client)?;
+                        }
+                        Ok(())
+                    })?
+                };
                 let ready = &self.topology.firewall.ready_mark;
                 domain
                     .console
@@ -253,12 +280,92 @@ impl LabWorld {
         let firewall = self.firewall.take().context("there is no firewall")?;
         let output = self.lab.destroy(&firewall)?;
         ensure!(output.is_success(), "xl destroy fw: {}", output.stdout);
-        Ok(())
+        self.stop_double()
     }
 
     /// Forgets a firewall that has ended by itself.
-    pub fn forget_firewall(&mut self) {
+    ///
+    /// # Errors
+    ///
+    /// If the lab is gone.
+    pub fn forget_firewall(&mut self) -> Result<()> {
         self.firewall = None;
+        self.stop_double()
+    }
+
+    // ---- dom0's double
+
+    /// Whether the image gets its settings as in Qubes OS.
+    #[must_use]
+    pub fn is_qubes(&self) -> bool {
+        let firewall = &self.topology.firewall;
+        matches!(firewall.kind, FirewallKind::Image(_)) && firewall.source == Source::QubesDb
+    }
+
+    /// Puts another firewall into the topology, for the next start.
+    ///
+    /// # Errors
+    ///
+    /// If one is running.
+    pub fn replace_firewall(&mut self, firewall: FirewallSpec) -> Result<FirewallSpec> {
+        ensure!(self.firewall.is_none(), "the firewall is running");
+        Ok(std::mem::replace(&mut self.topology.firewall, firewall))
+    }
+
+    /// Has dom0's daemons carry out a scenario.
+    ///
+    /// # Errors
+    ///
+    /// As [`Double::play`], and if there is no double.
+    pub fn play(&self, scenario: &str, limit: Duration) -> Result<Played> {
+        let double = self.double.as_ref().context("dom0 has no Qubes daemons")?;
+        double.play(&self.lab, scenario, limit)
+    }
+
+    /// Kills dom0's daemons.
+    ///
+    /// # Errors
+    ///
+    /// If the lab is gone.
+    pub fn stop_double(&mut self) -> Result<()> {
+        match self.double.take() {
+            Some(double) => double.kill(&self.lab),
+            None => Ok(()),
+        }
+    }
+
+    /// Starts dom0's daemons again for the running firewall, with their database.
+    ///
+    /// # Errors
+    ///
+    /// If they do not come up.
+    pub fn restart_double(&mut self) -> Result<()> {
+        let domid = self.firewall()?.domid;
+        self.double = Some(Double::start(&self.lab, domid, GREETING, &self.database())?);
+        Ok(())
+    }
+
+    /// What qubesd has written for the firewall when it starts, as a scenario.
+    #[must_use]
+    pub fn database(&self) -> String {
+        let mut text = format!(
+            "network {FIREWALL_NAME} {FIREWALL} {UPLINK} {FIREWALL_MAC}\nkey /qubes-primary-dns {DNS}\nkey /qubes-secondary-dns {DNS2}\n"
+        );
+        for client in &self.topology.clients {
+            text.push_str(&format!("client {} {FIREWALL}\n", client.ip));
+        }
+        if self.topology.firewall.ipv6 {
+            text.push_str(&format!(
+                "key /qubes-ip6 {FIREWALL6}\nkey /qubes-gateway6 {UPLINK6}\nkey /qubes-netvm-gateway6 {FIREWALL6}\nkey /connected-ips6 {}\n",
+                self.connected(true)
+            ));
+        }
+        for client in &self.topology.clients {
+            for address in self.client_addresses(client) {
+                text.push_str(&rules_statement(address, &client.policy, &client.rules));
+            }
+        }
+        text
     }
 
     /// The network settings of the image, with the names they have in QubesDB.
@@ -335,6 +442,11 @@ impl LabWorld {
     ///
     /// If there is no firewall or xenstore refuses.
     pub fn write_setting(&self, key: &str, value: &str) -> Result<()> {
+        if self.is_qubes() {
+            return self
+                .play(&format!("key /{key} {value}\n"), COMMAND)
+                .map(drop);
+        }
         self.write_settings(self.firewall()?, &[(key.to_owned(), value.to_owned())])
     }
 
@@ -356,6 +468,11 @@ impl LabWorld {
                 firewall,
                 &linux_firewall::client_chain(address, policy, rules)?,
             );
+        }
+        if self.is_qubes() {
+            return self
+                .play(&rules_statement(address, policy, rules), COMMAND)
+                .map(drop);
         }
         let tree = format!("qubes-firewall/{}", address_key(address));
         let folder = quote(&format!("{}/vm-data/{tree}", firewall.xenstore()));
@@ -444,7 +561,7 @@ impl LabWorld {
 
     // ---- clients
 
-    fn spec(&self, name: &str) -> Result<&ClientSpec> {
+    pub(super) fn spec(&self, name: &str) -> Result<&ClientSpec> {
         self.topology
             .client(name)
             .with_context(|| format!("there is no client {name}"))
@@ -463,7 +580,10 @@ impl LabWorld {
         );
         let name = client.name.clone();
         self.topology.clients.push(client);
-        if let FirewallKind::Image(_) = self.topology.firewall.kind {
+        if self.is_qubes() {
+            let address = self.spec(&name)?.ip;
+            self.play(&format!("client {address} {FIREWALL}\n"), COMMAND)?;
+        } else if let FirewallKind::Image(_) = self.topology.firewall.kind {
             self.write_setting("connected-ips", &self.connected(false))?;
             if self.topology.firewall.ipv6 {
                 self.write_setting("connected-ips6", &self.connected(true))?;
@@ -579,6 +699,21 @@ impl LabWorld {
     pub fn describe(&self) -> &'static str {
         describe(&self.topology.firewall)
     }
+}
+
+/// The statement by which qubesd rewrites the rules of an address; its policy is always `drop`, as in Qubes.
+fn rules_statement(address: IpAddr, policy: &str, rules: &[impl AsRef<str>]) -> String {
+    let mut text = format!("rules {address}\n");
+    let numbered = rule_tree(address, policy, rules)
+        .into_iter()
+        .filter(|(key, _)| key != "policy");
+    for (number, rule) in numbered {
+        text.push_str(&format!("  {number} {rule}\n"));
+    }
+    if policy == "accept" {
+        text.push_str("  9999 action=accept\n");
+    }
+    text
 }
 
 fn describe(firewall: &FirewallSpec) -> &'static str {

@@ -1,7 +1,8 @@
 //! The double of dom0 as a program for the lab's dom0.
 //!
 //! `dom0-double --domid N [--greeting 3|4|echo] --scenario FILE` carries a scenario out and ends. With `--socket PATH`
-//! instead it keeps both daemons running, and each `dom0-double --send PATH FILE` carries a scenario out there.
+//! instead it keeps both daemons running, with what the scenario `--database FILE` has written before they are offered, and each `dom0-double --send PATH FILE` carries a scenario out there.
+//! `dom0-double --cycles COUNT --domid N --address CLIENT --gateway FIREWALL` has clients come and go behind domain N.
 //! `dom0-double --loopback` needs no VM: it has dom0 talk to itself, to see that Xen's devices are used rightly.
 //!
 //! Every statement that is done prints a line `did …`. The last line is one of `SUCCESS`, `FAILURE …` (the firewall
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use dom0_double::dom0::Dom0;
 use dom0_double::linux::channels::{LinuxChannel, LinuxChannels};
+use dom0_double::linux::cycles;
 use dom0_double::linux::loopback;
 use dom0_double::qrexec::Greeting;
 use dom0_double::scenario::{Progress, Runner, Scenario};
@@ -26,8 +28,9 @@ use xen::DomId;
 
 const HELP: &str = "\
 dom0-double --domid N [--greeting 3|4|echo] --scenario FILE   carry a scenario out
-dom0-double --domid N [--greeting 3|4|echo] --socket PATH     keep dom0's daemons running
+dom0-double --domid N [--greeting 3|4|echo] --socket PATH [--database FILE]   keep dom0's daemons running
 dom0-double --send PATH FILE                                  carry a scenario out there
+dom0-double --cycles COUNT --domid N --address CLIENT --gateway FIREWALL   have clients come and go behind domain N
 dom0-double --loopback                                        have dom0 talk to itself over every size of ring
 ";
 
@@ -65,7 +68,11 @@ struct Arguments {
     scenario: Option<PathBuf>,
     socket: Option<PathBuf>,
     send: Option<PathBuf>,
+    database: Option<PathBuf>,
     loopback: bool,
+    cycles: Option<u32>,
+    address: String,
+    gateway: String,
 }
 
 fn arguments() -> Result<Arguments, lexopt::Error> {
@@ -77,7 +84,11 @@ fn arguments() -> Result<Arguments, lexopt::Error> {
         scenario: None,
         socket: None,
         send: None,
+        database: None,
         loopback: false,
+        cycles: None,
+        address: String::new(),
+        gateway: String::new(),
     };
     while let Some(argument) = parser.next()? {
         match argument {
@@ -91,6 +102,10 @@ fn arguments() -> Result<Arguments, lexopt::Error> {
             Long("scenario") => all.scenario = Some(parser.value()?.into()),
             Long("socket") => all.socket = Some(parser.value()?.into()),
             Long("send") => all.send = Some(parser.value()?.into()),
+            Long("database") => all.database = Some(parser.value()?.into()),
+            Long("cycles") => all.cycles = Some(parser.value()?.parse()?),
+            Long("address") => all.address = parser.value()?.string()?,
+            Long("gateway") => all.gateway = parser.value()?.string()?,
             Long("loopback") => all.loopback = true,
             Value(file) => all.scenario = Some(file.into()),
             other => return Err(other.unexpected()),
@@ -128,9 +143,25 @@ fn run(arguments: &Arguments) -> io::Result<Verdict> {
         eprint!("{HELP}");
         return Err(io::Error::other("--domid is missing"));
     };
+    if let Some(count) = arguments.cycles {
+        let [address, gateway] = [&arguments.address, &arguments.gateway]
+            .map(|text| text.parse().map_err(io::Error::other));
+        return Ok(match cycles::run(count, domid, address?, gateway?) {
+            Ok(longest) => {
+                println!("did the longest of {count} [{} ms]", longest.as_millis());
+                Verdict::Success
+            }
+            Err(error) => Verdict::Failure(error.to_string()),
+        });
+    }
     let channels = LinuxChannels::open()?;
     let dom0 = Dom0::new(DomId(domid), arguments.greeting);
     let mut world = World { channels, dom0 };
+    if let Some(file) = &arguments.database
+        && let Some(verdict) = world.fill(&fs::read_to_string(file)?)
+    {
+        return Ok(verdict);
+    }
     match (&arguments.scenario, &arguments.socket) {
         (Some(file), _) => world.play(&fs::read_to_string(file)?, &mut io::stdout()),
         (None, Some(socket)) => world.keep(socket),
@@ -185,9 +216,31 @@ impl World {
         }
     }
 
-    /// Keeps the daemons running and carries out what comes by the socket.
+    /// Carries out statements that need no VM, before any can connect. The verdict if that fails.
+    fn fill(&mut self, text: &str) -> Option<Verdict> {
+        let scenario = match Scenario::parse(text) {
+            Ok(scenario) => scenario,
+            Err(error) => return Some(Verdict::Error(error)),
+        };
+        let mut runner = Runner::new(scenario);
+        loop {
+            match runner.poll(&mut self.dom0, &mut self.channels) {
+                Ok(Progress::Finished) => return None,
+                Ok(Progress::Did(_)) => {}
+                Ok(Progress::Going) => {
+                    return Some(Verdict::Error("a database cannot wait for a VM".into()));
+                }
+                Err(error) => return Some(Verdict::Error(error)),
+            }
+        }
+    }
+
+    /// Keeps the daemons running and carries out what comes by the socket, which is there when they are offered.
     fn keep(&mut self, socket: &Path) -> io::Result<Verdict> {
         let _ = fs::remove_file(socket);
+        if let Err(fatal) = self.dom0.poll(&mut self.channels) {
+            return Ok(Verdict::Failure(fatal.to_string()));
+        }
         let listener = UnixListener::bind(socket)?;
         listener.set_nonblocking(true)?;
         loop {

@@ -2,12 +2,16 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Where xenstored listens.
 const SOCKETS: [&str; 2] = ["/run/xenstored/socket", "/var/run/xenstored/socket"];
 const READ: u32 = 2;
+const TRANSACTION_START: u32 = 6;
+const TRANSACTION_END: u32 = 7;
 const WRITE: u32 = 11;
+const MKDIR: u32 = 12;
 const RM: u32 = 13;
 const SET_PERMS: u32 = 14;
 const WATCH_EVENT: u32 = 15;
@@ -20,6 +24,8 @@ const PAYLOAD_MAX: usize = 4096;
 pub struct Xenstore {
     socket: UnixStream,
     next: u32,
+    /// The running transaction; 0 for none.
+    transaction: u32,
 }
 
 impl Xenstore {
@@ -34,7 +40,11 @@ impl Xenstore {
             match UnixStream::connect(path) {
                 Ok(socket) => {
                     socket.set_read_timeout(Some(Duration::from_secs(5)))?;
-                    return Ok(Self { socket, next: 1 });
+                    return Ok(Self {
+                        socket,
+                        next: 1,
+                        transaction: 0,
+                    });
                 }
                 Err(failed) => error = io::Error::new(failed.kind(), format!("{path}: {failed}")),
             }
@@ -66,6 +76,66 @@ impl Xenstore {
         Ok(())
     }
 
+    /// Writes a node.
+    ///
+    /// # Errors
+    ///
+    /// The connection's, or xenstored's refusal.
+    pub fn write(&mut self, path: &str, value: &str) -> io::Result<()> {
+        self.request(WRITE, &[path.as_bytes(), b"\0", value.as_bytes()].concat())?
+            .map(drop)
+            .ok_or_else(|| io::Error::other(format!("{path}: refused")))
+    }
+
+    /// Makes a folder that belongs to `owner` and that `reader` may read; what is created in it inherits that.
+    ///
+    /// # Errors
+    ///
+    /// The connection's, or xenstored's refusal.
+    pub fn folder(&mut self, path: &str, owner: u16, reader: u16) -> io::Result<()> {
+        let refused = || io::Error::other(format!("{path}: refused"));
+        self.request(MKDIR, &[path.as_bytes(), b"\0"].concat())?
+            .ok_or_else(refused)?;
+        let permissions = format!("{path}\0n{owner}\0r{reader}\0");
+        self.request(SET_PERMS, permissions.as_bytes())?
+            .map(drop)
+            .ok_or_else(refused)
+    }
+
+    /// Does something in one transaction, again if another client was faster. Ours never are at once.
+    ///
+    /// # Errors
+    ///
+    /// Those of `action`, and if it never succeeds.
+    pub fn together(
+        &mut self,
+        mut action: impl FnMut(&mut Self) -> io::Result<()>,
+    ) -> io::Result<()> {
+        /// Transactions that change the children of one folder undo each other, for ever if there are many.
+        static ALONE: Mutex<()> = Mutex::new(());
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        for _ in 0..100 {
+            let refused = || io::Error::other("no transaction");
+            let id = self
+                .request(TRANSACTION_START, b"\0")?
+                .ok_or_else(refused)?;
+            let id = String::from_utf8_lossy(&id);
+            self.transaction = id
+                .trim_end_matches('\0')
+                .parse()
+                .map_err(io::Error::other)?;
+            let done = action(self);
+            let end: &[u8] = if done.is_ok() { b"T\0" } else { b"F\0" };
+            let ended = self.request(TRANSACTION_END, end);
+            self.transaction = 0;
+            done?;
+            if ended?.is_some() {
+                return Ok(());
+            }
+        }
+        Err(io::Error::other("a transaction never succeeds"))
+    }
+
     /// Removes a node with what is below it. It may be gone.
     ///
     /// # Errors
@@ -81,7 +151,9 @@ impl Xenstore {
         let id = self.next;
         self.next = self.next.wrapping_add(1);
         let len = u32::try_from(payload.len()).map_err(io::Error::other)?;
-        let header = [kind, id, 0, len].map(u32::to_ne_bytes).concat();
+        let header = [kind, id, self.transaction, len]
+            .map(u32::to_ne_bytes)
+            .concat();
         self.socket.write_all(&[&header, payload].concat())?;
         loop {
             let mut header = [0; 16];

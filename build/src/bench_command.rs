@@ -1,26 +1,25 @@
 //! `cargo xtask bench`: what the engine costs, and what the firewall leaves of a transfer.
 //!
-//! The engine's cost is counted in instructions by callgrind, which gives the same number on any machine; see
-//! `firewall/examples/engine_bench.rs` for the workloads, whose names are those of `performance.md`. Transfers run in
+//! The engine's cost is [`engine_bench`]'s. Transfers run in
 //! the lab by the instruction clock (2 ns each), so that they repeat, too: everything (client, firewall, hypervisor,
 //! dom0) shares one emulated processor, and rates compare with each other only.
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::host::{Unusable, find_program, output_of};
+use crate::engine_bench::{self, Engine};
 use crate::image::{self, Variant};
 use crate::lab::internet::WEB;
 use crate::lab::machine::MachineOptions;
 use crate::lab::topology::{FirewallKind, Topology};
 use crate::lab::world::{LabWorld, WorldOptions};
 use crate::lab::{Base, LabOptions};
-use crate::screen::{BOLD, Screen, paint};
+use crate::screen::{BAD, BOLD, Screen, paint};
 use crate::workspace::Workspace;
 
 /// The instruction clock: 2 ns for each instruction.
@@ -44,6 +43,9 @@ pub struct BenchArguments {
     /// Also the transfers through a Linux firewall
     #[arg(long, conflicts_with = "engine")]
     linux: bool,
+    /// Make the counts the baseline that later ones are compared with
+    #[arg(long, conflicts_with = "lab")]
+    update_baseline: bool,
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -52,16 +54,9 @@ pub struct BenchArguments {
 /// What was measured.
 #[derive(Debug, Default, Serialize)]
 struct Measured {
-    engine: Vec<EngineRow>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    engine: Option<Engine>,
     transfers: Vec<Transfer>,
-}
-
-/// A row of the engine's table.
-#[derive(Debug, Serialize)]
-struct EngineRow {
-    workload: String,
-    value: f64,
-    unit: String,
 }
 
 /// A transfer in the lab.
@@ -88,11 +83,18 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &BenchArguments) -
         *screen
     };
     let mut measured = Measured::default();
+    let mut regressions = Vec::new();
     if !arguments.lab {
-        measured.engine = engine(workspace, screen)?;
-        if !arguments.json {
-            print_engine(&measured.engine);
+        let engine = engine_bench::measure(workspace, screen)?;
+        if arguments.update_baseline {
+            engine.update_baseline(workspace.root())?;
+        } else {
+            regressions = engine.regressions();
         }
+        if !arguments.json {
+            engine.print();
+        }
+        measured.engine = Some(engine);
     }
     if !arguments.engine {
         measured.transfers = transfers(workspace, screen, arguments.linux)?;
@@ -103,62 +105,14 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &BenchArguments) -
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&measured)?);
     }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Counts the engine's instructions.
-fn engine(workspace: &Workspace, screen: &Screen) -> Result<Vec<EngineRow>> {
-    if find_program("valgrind").is_none() {
-        bail!(Unusable(
-            "valgrind is missing: apt-get install valgrind".to_owned()
-        ));
+    for line in &regressions {
+        anstream::eprintln!("{} {line}", paint(BAD, "dearer:"));
     }
-    let folder = workspace.target().join("bench");
-    let step = screen.step("Building the engine's bench");
-    output_of(
-        Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .args(["build", "--quiet", "--profile", "bench", "-p", "firewall"])
-            .args(["--example", "engine_bench", "--target-dir"])
-            .arg(&folder)
-            .env("RUSTFLAGS", "-Ctarget-cpu=x86-64-v2")
-            .current_dir(workspace.root()),
-    )?;
-    step.done("");
-    let step = screen.step("Counting instructions");
-    let text = output_of(&mut Command::new(
-        folder.join("release/examples/engine_bench"),
-    ))?;
-    step.done("");
-    let rows: Vec<EngineRow> = text.lines().filter_map(engine_row).collect();
-    if rows.is_empty() {
-        bail!("the engine's bench printed nothing that can be read:\n{text}");
-    }
-    Ok(rows)
-}
-
-/// Reads `words of the workload   123.4 unit`.
-fn engine_row(line: &str) -> Option<EngineRow> {
-    let mut words: Vec<&str> = line.split_whitespace().collect();
-    let unit = words.pop()?.to_owned();
-    let value = words.pop()?.parse().ok()?;
-    Some(EngineRow {
-        workload: words.join(" "),
-        value,
-        unit,
+    Ok(if regressions.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     })
-}
-
-fn print_engine(rows: &[EngineRow]) {
-    anstream::println!(
-        "\n{}",
-        paint(
-            BOLD,
-            "Engine (callgrind, 64-byte frames unless said otherwise)"
-        )
-    );
-    for row in rows {
-        anstream::println!("  {:<40} {:>9.1} {}", row.workload, row.value, row.unit);
-    }
 }
 
 /// Measures transfers with and without a firewall in the middle.
@@ -252,19 +206,5 @@ fn print_transfers(transfers: &[Transfer]) {
             transfer.down_mbit,
             transfer.firewall_seconds
         );
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_of_the_engine_bench_are_read() {
-        let row = engine_row("P1 established TCP up            560.7 instructions/packet").unwrap();
-        assert_eq!(row.workload, "P1 established TCP up");
-        assert!((row.value - 560.7).abs() < 1e-9);
-        assert_eq!(row.unit, "instructions/packet");
-        assert!(engine_row("nothing to see").is_none());
     }
 }

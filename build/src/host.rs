@@ -1,7 +1,7 @@
 //! What the lab needs from this machine.
 //!
-//! QEMU is the only thing that gets installed, by apt and after saying so; Xen
-//! and its tools never are. Everything else that is run here (`apt-get`,
+//! QEMU, and valgrind for the engine's bench, are the only things that get
+//! installed, by apt and after saying so; Xen and its tools never are. Everything else that is run here (`apt-get`,
 //! `apt-cache`, `dpkg-deb`, `setpriv`) is part of every Debian system.
 
 use std::env;
@@ -129,6 +129,18 @@ pub fn prepare(screen: &Screen) -> Result<Qemu> {
         accelerator,
         pvh_linux,
     })
+}
+
+/// Installs valgrind if it is missing.
+///
+/// # Errors
+///
+/// [`Unusable`] if it cannot be installed, with what to do about it.
+pub fn prepare_valgrind(screen: &Screen) -> Result<()> {
+    match find_program("valgrind") {
+        Some(_) => Ok(()),
+        None => install(screen, &["valgrind"]),
+    }
 }
 
 fn require_debian_on_x86_64() -> Result<()> {

@@ -11,6 +11,7 @@ pub mod assets;
 pub mod bench_command;
 pub mod claims;
 pub mod demo_command;
+pub mod engine_bench;
 pub mod fwsim;
 pub mod host;
 pub mod image;

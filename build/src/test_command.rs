@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
 use crate::claims::{self, Claim, NotSo, must};
+use crate::engine_bench;
 use crate::image::{self, Image, Variant};
 use crate::lab::double::Double;
 use crate::lab::machine::MachineOptions;
@@ -141,6 +142,9 @@ impl Run<'_> {
             });
             step.forget();
         }
+        if self.wants("engine-cost") {
+            self.engine_cost();
+        }
         if self.wants("image-reproducible") {
             self.reproducible();
         }
@@ -167,6 +171,21 @@ impl Run<'_> {
                 shellcheck(&first.folder.join("install.sh"))?,
             ])
         });
+    }
+
+    /// Counts the engine's instructions and compares with the baseline.
+    fn engine_cost(&mut self) {
+        let (workspace, screen) = (self.workspace, self.screen);
+        let step = screen.step("Counting the engine's instructions");
+        self.report.check("host", "engine-cost", || {
+            let engine = engine_bench::count(workspace, &screen.silenced())?;
+            let dearer = engine.regressions();
+            must(dearer.is_empty(), || dearer.join("\n"))?;
+            let (met, goals) = engine.goals();
+            let line = "no workload over 3 per cent dearer than the baseline";
+            Ok(vec![format!("{line}; {met} of {goals} goals met")])
+        });
+        step.forget();
     }
 
     /// Runs a component of the toolchain that may be missing; then the check is skipped.

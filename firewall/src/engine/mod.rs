@@ -43,7 +43,7 @@ use ::core::net::IpAddr;
 use self::core::{Core, Local, NO_FLOW, Packet, PlainUplink};
 use crate::address::{Address, V4, V6};
 use crate::config::Limits;
-use crate::conntrack::flow::{Ticks, is_trackable};
+use crate::conntrack::flow::{Flow, Ticks, is_trackable};
 use crate::conntrack::table::FlowTable;
 use crate::conntrack::tcp::Segment;
 use crate::fragment::{Added, Complete, Reassembly};
@@ -58,7 +58,7 @@ use crate::wire::ipv4::Network;
 use crate::wire::transport::{self, Kind};
 use crate::wire::{ipv4, ipv6, plain};
 use forward::Passage;
-use shortcut::{Headers, Meta};
+use shortcut::Meta;
 
 /// Segments of a frame with less payload than this could not be told from an attack
 /// (`xen-netif.md` 6.3).
@@ -192,19 +192,19 @@ impl Engine {
     ) -> Option<Iface> {
         let core = &mut self.core;
         let (frame_len, parts) = (frame.len, Meta::of(frame));
-        let (key, headers) = shortcut::read(core, parts.0, frame_len, reply)?;
+        let key = shortcut::read(core, parts.0, frame_len, reply)?;
         let flow = self.flows4.find_mut(&key, reply)?;
-        shortcut::pass(core, flow, &headers, id, parts, now, reply)
+        shortcut::pass(core, flow, id, parts, now, reply)
     }
 
     #[inline(never)]
     fn take6(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Ticks) -> Option<Iface> {
         let core = &mut self.core;
-        let (id, reply) = side_of(ingress);
+        let reply = side_of(ingress).1;
         let (frame_len, parts) = (frame.len, Meta::of(frame));
-        let (key, headers) = shortcut::read(core, parts.0, frame_len, reply)?;
+        let key = shortcut::read(core, parts.0, frame_len, reply)?;
         let flow = self.flows6.find_mut(&key, reply)?;
-        shortcut::pass(core, flow, &headers, id, parts, now, reply)
+        pass6(core, flow, ingress, parts, now)
     }
 
     /// Every packet that the shortcut does not take.
@@ -252,38 +252,47 @@ impl Engine {
     /// The two stages of [`Self::process_batch`].
     #[inline(never)]
     fn process_staged(&mut self, batch: &mut [Work<'_>], now: Time) {
-        let mut located = [None; MAX_STAGED];
-        for (slot, item) in located.iter_mut().zip(batch.iter_mut()) {
-            *slot = self.locate(item.ingress, &item.frame);
+        let mut located = [NO_FLOW; MAX_STAGED];
+        for (slot, item) in located.iter_mut().zip(batch.iter()) {
+            if let Some(number) = self.locate(item.ingress, &item.frame) {
+                *slot = number;
+            }
         }
         let ticks = Ticks::at(now);
-        let removals = (self.flows4.removals(), self.flows6.removals());
-        for (slot, item) in located.into_iter().zip(batch) {
-            let (ingress, frame) = (item.ingress, &mut item.frame);
-            let unchanged = removals == (self.flows4.removals(), self.flows6.removals());
-            item.verdict = match slot {
-                _ if !unchanged => self.process(ingress, frame, now),
-                Some(slot) => match self.pass(&slot, ingress, frame, ticks) {
-                    Some(egress) => Verdict::Forward { egress },
-                    None => self.decide(ingress, frame, now),
-                },
-                None => self.decide(ingress, frame, now),
-            };
+        let removals = self.removals();
+        let mut left = batch.iter_mut();
+        for number in located {
+            let Some(item) = left.next() else { return };
+            if let Some(egress) = self.pass(number, item.ingress, &mut item.frame, ticks) {
+                item.verdict = Verdict::Forward { egress };
+                continue;
+            }
+            ::core::hint::cold_path();
+            item.verdict = self.decide(item.ingress, &mut item.frame, now);
+            // Only the long way removes flows; then numbers may mean something else.
+            if removals != self.removals() {
+                break;
+            }
         }
+        self.process_singly(left.into_slice(), now);
+    }
+
+    fn removals(&self) -> (u64, u64) {
+        (self.flows4.removals(), self.flows6.removals())
     }
 
     /// Finds the flow of a plain packet.
     #[inline(always)]
-    fn locate(&self, ingress: Iface, frame: &Frame<'_>) -> Option<(u32, Headers)> {
+    fn locate(&self, ingress: Iface, frame: &Frame<'_>) -> Option<u32> {
         let (core, head, reply) = (&self.core, &*frame.head, side_of(ingress).1);
         match start_of(frame) {
             Start::V4 => {
-                let (key, headers) = shortcut::read(core, head, frame.len, reply)?;
-                Some((self.flows4.find(&key, reply)?, headers))
+                let key = shortcut::read(core, head, frame.len, reply)?;
+                self.flows4.find(&key, reply)
             }
             Start::V6 => {
-                let (key, headers) = shortcut::read(core, head, frame.len, reply)?;
-                Some((self.flows6.find(&key, reply)?, headers))
+                let key = shortcut::read(core, head, frame.len, reply)?;
+                self.flows6.find(&key, reply)
             }
             Start::Other => None,
         }
@@ -293,23 +302,26 @@ impl Engine {
     #[inline(always)]
     fn pass(
         &mut self,
-        (number, headers): &(u32, Headers),
+        number: u32,
         ingress: Iface,
         frame: &mut Frame<'_>,
         now: Ticks,
     ) -> Option<Iface> {
-        let (id, reply) = side_of(ingress);
         let (core, start, parts) = (&mut self.core, start_of(frame), Meta::of(frame));
-        match start {
-            Start::V4 => {
-                let flow = (*number, self.flows4.get_mut(*number)?);
-                shortcut::pass(core, flow, headers, id, parts, now, reply)
+        match (start, ingress) {
+            (Start::V4, Iface::Client(id)) => {
+                let flow = (number, self.flows4.get_mut(number)?);
+                shortcut::pass(core, flow, id, parts, now, false)
             }
-            Start::V6 => {
-                let flow = (*number, self.flows6.get_mut(*number)?);
-                shortcut::pass(core, flow, headers, id, parts, now, reply)
+            (Start::V4, Iface::Uplink) => {
+                let flow = (number, self.flows4.get_mut(number)?);
+                shortcut::pass(core, flow, NO_CLIENT, parts, now, true)
             }
-            Start::Other => None,
+            (Start::V6, _) => {
+                let flow = (number, self.flows6.get_mut(number)?);
+                pass6(core, flow, ingress, parts, now)
+            }
+            (Start::Other, _) => None,
         }
     }
 
@@ -622,6 +634,19 @@ fn refused_source<A: Local>(core: &Core, ingress: Iface, src: A) -> Option<DropR
         Some(_) => None,
         None => uplink::bad_source(core, src),
     }
+}
+
+/// [`shortcut::pass`] for IPv6.
+#[inline(never)]
+fn pass6(
+    core: &mut Core,
+    flow: (u32, &mut Flow<V6>),
+    ingress: Iface,
+    parts: (&mut [u8], Meta<'_>),
+    now: Ticks,
+) -> Option<Iface> {
+    let (id, reply) = side_of(ingress);
+    shortcut::pass(core, flow, id, parts, now, reply)
 }
 
 /// A7 and A9: the number of a client's source address; zero for the uplink.

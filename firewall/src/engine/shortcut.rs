@@ -19,14 +19,6 @@ use crate::wire::{checksum, ethernet, protocol};
 /// The options of a segment that carries a timestamp and nothing else (RFC 7323 appendix A).
 const TIMESTAMP_ONLY: [u8; 4] = [1, 1, 8, 10];
 
-/// What of the headers is needed once the flow is found.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Headers {
-    total_len: u32,
-    protocol: u8,
-    ttl: u8,
-}
-
 /// What a frame is besides its bytes.
 #[derive(Debug)]
 pub(crate) struct Meta<'f> {
@@ -55,7 +47,7 @@ pub(crate) fn read<A: Local>(
     head: &[u8],
     frame_len: u32,
     reply: bool,
-) -> Option<(Key<A>, Headers)> {
+) -> Option<Key<A>> {
     let (front, rest) = A::front(head)?;
     let protocol = A::protocol(front);
     // Segments that start or end a connection go the long way; see that before anything is summed.
@@ -72,28 +64,21 @@ pub(crate) fn read<A: Local>(
     if A::destination(front) != own {
         return None;
     }
-    let plain = A::read(front, frame_len)?;
-    let key = Key {
-        src: plain.src,
-        dst: plain.dst,
-        ports: plain.ports,
+    let (src, dst) = A::read(front, frame_len)?;
+    Some(Key {
+        src,
+        dst,
+        ports: A::ports(front),
         protocol,
-    };
-    let headers = Headers {
-        total_len: plain.total_len,
-        protocol,
-        ttl: plain.ttl,
-    };
-    Some((key, headers))
+    })
 }
 
-/// Sends a packet along its flow, if both are plain enough; returns where to. `ingress` is the client,
-/// if any.
+/// Sends a packet that [`read`] has read along its flow, if both are plain enough; returns where to.
+/// `ingress` is the client, if any.
 #[inline(always)]
 pub(crate) fn pass<A: Local>(
     core: &mut Core,
     (number, flow): (u32, &mut Flow<A>),
-    found: &Headers,
     ingress: ClientId,
     (head, meta): (&mut [u8], Meta<'_>),
     ticks: Ticks,
@@ -106,7 +91,8 @@ pub(crate) fn pass<A: Local>(
     if source.epoch != flow.epoch || (!reply && ingress.0 != id) {
         return None;
     }
-    if found.ttl <= 1 || meta.gso.is_some() || flow.is_overdue(ticks) {
+    let (front, rest) = A::front_mut(head)?;
+    if A::ttl(front) <= 1 || meta.gso.is_some() || flow.is_overdue(ticks) {
         return None;
     }
     let vifs = &mut core.registry.vifs;
@@ -116,11 +102,11 @@ pub(crate) fn pass<A: Local>(
     } else {
         (&core.plain_uplink.link, core.plain_uplink.mtu)
     };
-    let total_len = found.total_len;
+    let total_len = A::total_len(front);
     if vif.fake.is_some() || total_len > u32::from(mtu) {
         return None;
     }
-    let (front, rest) = A::front_mut(head)?;
+    let protocol = A::protocol(front);
     let start = A::transport(front)?;
     let [original, replying] = &mut flow.half;
     let (own, other) = if reply {
@@ -129,7 +115,7 @@ pub(crate) fn pass<A: Local>(
         (original, replying)
     };
     let listed = flow.flags & flow::IN_ASSURED_LIST != 0;
-    if found.protocol == protocol::TCP {
+    if protocol == protocol::TCP {
         let (tail, options) = rest.split_first_chunk_mut::<12>()?;
         let header_len = steady::header_len(tail);
         if header_len != 20 && !only_timestamp(header_len, options) {

@@ -10,18 +10,6 @@ use super::{checksum, ethernet};
 use crate::address::{Address, V4, V6};
 use crate::frame::Mac;
 
-/// The network layer of a packet with nothing unusual about it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Plain<A> {
-    pub(crate) src: A,
-    pub(crate) dst: A,
-    /// Source port in the high half.
-    pub(crate) ports: u32,
-    pub(crate) ttl: u8,
-    /// Bytes of the whole packet.
-    pub(crate) total_len: u32,
-}
-
 /// An Ethernet address as [`PlainHeaders::destination`] gives it.
 pub(crate) const fn mac_word(mac: Mac) -> u64 {
     let [a, b, c, d, e, f] = mac;
@@ -60,8 +48,15 @@ pub(crate) trait PlainHeaders: Address {
     fn protocol(front: &Self::Front) -> u8;
     /// The Ethernet destination in the high 48 bits.
     fn destination(front: &Self::Front) -> u64;
-    /// Reads the network layer, if there is nothing unusual about it; [`start_word`] was looked at.
-    fn read(front: &Self::Front, frame_len: u32) -> Option<Plain<Self>>;
+    /// Bytes of the whole packet.
+    fn total_len(front: &Self::Front) -> u32;
+    /// The time to live.
+    fn ttl(front: &Self::Front) -> u8;
+    /// Source port in the high half, destination port in the low half.
+    fn ports(front: &Self::Front) -> u32;
+    /// Source and destination, if there is nothing unusual about the network layer; [`start_word`] was
+    /// looked at.
+    fn read(front: &Self::Front, frame_len: u32) -> Option<(Self, Self)>;
     /// The first bytes of the transport.
     fn transport(front: &mut Self::Front) -> Option<&mut [u8; 8]>;
     /// Writes Ethernet and IP addresses, counts the time to live down by one, and applies `delta` to
@@ -105,20 +100,31 @@ impl PlainHeaders for V4 {
     }
 
     #[inline(always)]
-    fn read(front: &[u8; 42], frame_len: u32) -> Option<Plain<Self>> {
-        let total_len = u32::from(u16::from_be_bytes([front[16], front[17]]));
+    fn total_len(front: &[u8; 42]) -> u32 {
+        u32::from(u16::from_be_bytes(field::<42, 16, 2>(front)))
+    }
+
+    #[inline(always)]
+    fn ttl(front: &[u8; 42]) -> u8 {
+        front[22]
+    }
+
+    #[inline(always)]
+    fn ports(front: &[u8; 42]) -> u32 {
+        u32::from_be_bytes(field::<42, 34, 4>(front))
+    }
+
+    #[inline(always)]
+    fn read(front: &[u8; 42], frame_len: u32) -> Option<(Self, Self)> {
         // Neither an offset nor more to come; "don't fragment" may be set.
         let fragment = u16::from_ne_bytes(field::<42, 20, 2>(front)) & 0x3fff_u16.to_be();
         let header: &[u8; 20] = front.get(14..)?.first_chunk()?;
         let right = fragment == 0
-            && total_len <= frame_len.wrapping_sub(14)
+            && Self::total_len(front) <= frame_len.wrapping_sub(14)
             && checksum::header_is_right(header);
-        right.then(|| Plain {
-            src: u32::from_be_bytes([front[26], front[27], front[28], front[29]]),
-            dst: u32::from_be_bytes([front[30], front[31], front[32], front[33]]),
-            ports: u32::from_be_bytes([front[34], front[35], front[36], front[37]]),
-            ttl: front[22],
-            total_len,
+        right.then(|| {
+            let src = u32::from_be_bytes(field::<42, 26, 4>(front));
+            (src, u32::from_be_bytes(field::<42, 30, 4>(front)))
         })
     }
 
@@ -174,19 +180,31 @@ impl PlainHeaders for V6 {
     }
 
     #[inline(always)]
-    fn read(front: &[u8; 62], frame_len: u32) -> Option<Plain<Self>> {
-        let total_len = u32::from(u16::from_be_bytes([front[18], front[19]])) + 40;
-        let (words, _) = front.get(22..)?.as_chunks::<8>();
-        let [a, b, c, d, ports] = words else {
-            return None;
-        };
-        (total_len <= frame_len.wrapping_sub(14)).then(|| Plain {
-            src: V6(u64::from_be_bytes(*a), u64::from_be_bytes(*b)),
-            dst: V6(u64::from_be_bytes(*c), u64::from_be_bytes(*d)),
-            ports: u32::from_be_bytes([ports[0], ports[1], ports[2], ports[3]]),
-            ttl: front[21],
-            total_len,
-        })
+    fn total_len(front: &[u8; 62]) -> u32 {
+        u32::from(u16::from_be_bytes(field::<62, 18, 2>(front))) + 40
+    }
+
+    #[inline(always)]
+    fn ttl(front: &[u8; 62]) -> u8 {
+        front[21]
+    }
+
+    #[inline(always)]
+    fn ports(front: &[u8; 62]) -> u32 {
+        u32::from_be_bytes(field::<62, 54, 4>(front))
+    }
+
+    #[inline(always)]
+    fn read(front: &[u8; 62], frame_len: u32) -> Option<(Self, Self)> {
+        let src = V6(
+            u64::from_be_bytes(field::<62, 22, 8>(front)),
+            u64::from_be_bytes(field::<62, 30, 8>(front)),
+        );
+        let dst = V6(
+            u64::from_be_bytes(field::<62, 38, 8>(front)),
+            u64::from_be_bytes(field::<62, 46, 8>(front)),
+        );
+        (Self::total_len(front) <= frame_len.wrapping_sub(14)).then_some((src, dst))
     }
 
     #[inline(always)]

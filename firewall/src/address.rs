@@ -121,8 +121,8 @@ impl Address for V4 {
 
     #[inline]
     fn is_martian(self) -> bool {
-        // 0.0.0.0/8, 127.0.0.0/8, 240.0.0.0/4 without the limited broadcast.
-        self >> 24 == 0 || self >> 24 == 127 || (self >> 28 == 0xf && self != u32::MAX)
+        // Linux routes the rest of 0.0.0.0/8, and 240.0.0.0/4, like any other address.
+        self == 0 || self >> 24 == 127
     }
 
     #[inline]
@@ -384,7 +384,7 @@ mod tests {
     fn groups_and_martians_are_told_from_hosts() {
         assert!(v4("239.255.255.250").is_group() && v4("255.255.255.255").is_group());
         assert!(v4("127.0.0.1").is_martian() && v4("0.0.0.0").is_martian());
-        assert!(v4("240.0.0.1").is_martian() && !v4("169.254.1.1").is_martian());
+        assert!(!v4("240.0.0.1").is_martian() && !v4("169.254.1.1").is_martian());
         assert!(v6("ff02::1").is_group() && v6("::1").is_martian() && v6("::").is_martian());
         assert!(!v6("fd09::1").is_group() && !v6("fd09::1").is_martian());
         assert!(v6("fe80::1").is_link_local() && !v6("fec0::1").is_link_local());

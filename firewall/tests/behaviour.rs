@@ -341,15 +341,6 @@ fn udp_without_checksum_stays_without_and_zero_becomes_ones() {
 }
 
 #[test]
-fn udp_over_ipv6_without_checksum_is_dropped() {
-    let mut world = World::new();
-    let mut packet = Ip::new(ip(C1_V6), ip(SERVER_V6), 17, udp(5000, 99, b"x"));
-    packet.transport[6..8].fill(0);
-    let verdict = world.give(client(0), &packet).verdict;
-    assert_eq!(verdict, Verdict::Drop(DropReason::BadChecksum));
-}
-
-#[test]
 fn flow_that_new_rules_forbid_is_cut_from_both_sides_and_others_live() {
     let mut world = World::new();
     world.handshake();
@@ -654,7 +645,8 @@ fn datagram_in_fragments_is_answered_by_ping_and_leaves_in_fragments() {
             .iter()
             .map(|part| part.transport.len())
             .collect::<Vec<_>>(),
-        [1400, 1400, 208]
+        // The answer is our own, in pieces of the MTU.
+        [1480, 1480, 48]
     );
     let whole: Vec<u8> = parts
         .iter()

@@ -612,6 +612,10 @@ impl Track<'_> {
         self.last.reply = reply;
         self.last.end = segment.end;
         self.last.window = segment.window;
+        if event == Event::Ack && reply && old == State::SynSent {
+            // A server that knows of an older connection challenges the new SYN with this.
+            self.sender.max_ack = segment.ack;
+        }
         if event == Event::Syn && !reply {
             let (scale, flags) = announced(options);
             self.last.scale = scale;
@@ -644,6 +648,15 @@ impl Track<'_> {
             }
             // The endpoint may answer with a challenge, so the flow must live on.
             verdict = Reset::Doubt;
+        }
+        // It answers a challenge, with the number that the challenge asks for.
+        if old == State::SynSent
+            && !reply
+            && self.last.reply
+            && self.last.kind == Event::Ack as u8
+            && segment.seq == self.receiver.max_ack
+        {
+            return (Reset::Believe, true);
         }
         // It refuses a segment that was let through without belief, and may acknowledge more than
         // is known here.

@@ -70,7 +70,13 @@ pub(crate) fn reject<A: Local>(
         Iface::Client(_) => A::gateway(core),
     };
     let network = &packet.network;
-    let unanswerable = matches!(packet.transport.kind, Kind::Error | Kind::OtherIcmp)
+    let is_mute = match packet.transport.kind {
+        Kind::Error => true,
+        // Of ICMPv6, whatever is no error may be answered (RFC 4443 2.4); of ICMP, only queries.
+        Kind::OtherIcmp => A::FAMILY == Family::Ipv4,
+        _ => false,
+    };
+    let unanswerable = is_mute
         || packet.group_frame
         || [network.src, network.dst]
             .iter()

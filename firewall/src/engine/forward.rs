@@ -254,15 +254,19 @@ fn moved<A: Local>(core: &mut Core, table: &FlowTable<A>, number: u32, vif: u16)
 #[inline(never)]
 fn invalid<A: Local>(
     core: &mut Core,
-    frame: &Frame<'_>,
+    frame: &mut Frame<'_>,
     packet: &Packet<A>,
     ingress: Iface,
     reason: DropReason,
     now: Time,
 ) -> Verdict {
-    if packet.network.ttl <= 1 && matches!(ingress, Iface::Client(_)) {
-        let (complaint, reason) = (Complaint::TtlExceeded, DropReason::TtlExceeded);
-        return complain::reject(core, frame, packet, ingress, complaint, reason, now);
+    // What the uplink sends is not translated back, and so is for us.
+    if matches!(ingress, Iface::Client(_))
+        && let Some((_, mtu)) = core.exit(Iface::Uplink)
+        && frame.gso.is_none()
+        && let Some(verdict) = obstacle(core, frame, packet, ingress, mtu, now)
+    {
+        return verdict;
     }
     Verdict::Drop(reason)
 }

@@ -93,6 +93,9 @@ fn echo<A: Local>(
     if packet.transport.kind != Kind::Request || icmp_type != request || packet.network.opaque {
         return Verdict::Drop(DropReason::LocalIgnored);
     }
+    let Some(packet) = &without_options(frame, packet) else {
+        return Verdict::Drop(DropReason::LocalIgnored);
+    };
     // A fake client's request arrives with its real address; the answer is changed on its way out.
     let Some((header, ip, message)) = A::split(frame.head, packet.network.header_len) else {
         return Verdict::Drop(DropReason::MalformedFrame);
@@ -119,6 +122,43 @@ fn echo<A: Local>(
         }
         other => other,
     }
+}
+
+/// Takes options and extension headers out of a packet that is answered, and forgets that it came in
+/// fragments: an answer is our own, with a header of our own. `None` if not all of it is at hand.
+#[cold]
+fn without_options<A: Local>(frame: &mut Frame<'_>, packet: &Packet<A>) -> Option<Packet<A>> {
+    let mut packet = Packet {
+        largest_fragment: None,
+        ..*packet
+    };
+    let network = &mut packet.network;
+    let from = usize::from(network.header_len);
+    let Some(surplus) = from.checked_sub(A::HEADER_LEN).filter(|more| *more > 0) else {
+        return Some(packet);
+    };
+    let total = usize::try_from(network.total_len).ok()?;
+    let bytes = frame.head.get_mut(ethernet::HEADER..)?.get_mut(..total)?;
+    bytes.copy_within(from.., A::HEADER_LEN);
+    let len = u16::try_from(total.checked_sub(surplus)?).ok()?;
+    match A::FAMILY {
+        Family::Ipv4 => {
+            *bytes.first_mut()? = 0x45;
+            put_u16(bytes, 2, len);
+        }
+        Family::Ipv6 => {
+            put_u16(
+                bytes,
+                4,
+                len.checked_sub(u16::try_from(A::HEADER_LEN).ok()?)?,
+            );
+            *bytes.get_mut(6)? = A::ICMP;
+        }
+    }
+    network.header_len = u16::try_from(A::HEADER_LEN).ok()?;
+    network.total_len = u32::from(len);
+    frame.len = network.total_len.checked_add(14)?;
+    Some(packet)
 }
 
 /// A2 and B1: ARP.

@@ -95,8 +95,11 @@ fn relate<A: Local>(
     } else {
         Iface::Uplink
     };
-    if packet.group_frame || packet.network.source_routed {
+    if packet.group_frame {
         return Some(Verdict::Drop(DropReason::LinkBroadcast));
+    }
+    if packet.network.source_routed {
+        return Some(Verdict::Drop(DropReason::SourceRouted));
     }
     let (_, mtu) = core.exit(egress)?;
     let old_outer = (packet.network.src, packet.network.dst);

@@ -162,6 +162,20 @@ pub(crate) fn upper_layer(next: u8, payload: &[u8]) -> Option<(u8, usize)> {
     None
 }
 
+/// Whether a first fragment ends before the header of the transport does. Nobody sends such fragments
+/// who does not mean to hide something (RFC 8200 4.5, RFC 7112).
+#[cold]
+pub(crate) fn cuts_transport(next: u8, payload: &[u8]) -> bool {
+    upper_layer(next, payload).is_some_and(|(number, at)| {
+        let header = match number {
+            protocol::TCP => super::transport::TCP_HEADER,
+            protocol::UDP | protocol::ICMPV6 => super::transport::UDP_HEADER,
+            _ => 1,
+        };
+        payload.len() < at + header
+    })
+}
+
 /// Makes a header and writes it to the start of `packet`.
 pub(crate) fn write(
     packet: &mut [u8],

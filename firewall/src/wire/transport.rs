@@ -154,8 +154,8 @@ pub(crate) fn checksum_is_right<A: Address>(network: &Network<A>, bytes: &[u8]) 
             // UDP counts its own length, which may leave bytes of the packet over.
             let len = super::get_u16(bytes, 4).unwrap_or(0);
             if super::get_u16(bytes, 6) == Some(0) {
-                // No checksum, which only IPv4 allows.
-                return A::FAMILY == Family::Ipv4;
+                // No checksum. Tunnels may do so over IPv6 too (RFC 6935); it is the receiver's choice.
+                return true;
             }
             let covered = bytes.get(..usize::from(len)).unwrap_or(bytes);
             let pseudo = pseudo_sum(network.src, network.dst, network.protocol, u32::from(len));

@@ -143,6 +143,28 @@ pub fn prepare_valgrind(screen: &Screen) -> Result<()> {
     }
 }
 
+/// Installs the programs that set up network namespaces and filters, if they are missing.
+///
+/// # Errors
+///
+/// If they are missing and cannot be installed.
+pub fn prepare_namespaces(screen: &Screen) -> Result<()> {
+    let missing: Vec<&str> = [("nft", "nftables"), ("ip", "iproute2")]
+        .into_iter()
+        .filter(|(program, _)| find_program(program).is_none())
+        .map(|(_, package)| package)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if !nix::unistd::geteuid().is_root() {
+        bail!(Unusable(
+            "not root, who alone may make network namespaces".into()
+        ));
+    }
+    install(screen, &missing)
+}
+
 fn require_debian_on_x86_64() -> Result<()> {
     if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
         bail!(Unusable(

@@ -9,6 +9,7 @@ use clap::Args;
 
 use crate::claims::{self, Claim, NotSo, must};
 use crate::engine_bench;
+use crate::host;
 use crate::image::{self, Image, Variant};
 use crate::lab::double::Double;
 use crate::lab::machine::MachineOptions;
@@ -145,6 +146,9 @@ impl Run<'_> {
         if self.wants("engine-cost") {
             self.engine_cost();
         }
+        if self.wants("differential") {
+            self.differential();
+        }
         if self.wants("image-reproducible") {
             self.reproducible();
         }
@@ -207,6 +211,35 @@ impl Run<'_> {
             Ok(Vec::new())
         });
         step.forget();
+    }
+
+    /// Sends the same packets through the engine and through the kernel of this machine.
+    fn differential(&mut self) {
+        let root = self.workspace.root().to_owned();
+        if let Err(error) = host::prepare_namespaces(self.screen) {
+            let reason = format!("{error:#}");
+            self.report.skip("host", "differential", &reason);
+            return;
+        }
+        let step = self
+            .screen
+            .step("Comparing the engine with the kernel, packet by packet");
+        let begun = Instant::now();
+        let ran = differential_run(&root);
+        step.forget();
+        match ran {
+            Ok(Compared::Skipped(reason)) => self.report.skip("host", "differential", &reason),
+            other => {
+                let (outcome, seen) = match other {
+                    Ok(Compared::Agree(line)) => (Outcome::Success, vec![line]),
+                    Ok(Compared::Differ(text)) => (Outcome::Failure(text), Vec::new()),
+                    Ok(Compared::Skipped(reason)) => (Outcome::Skip(reason), Vec::new()),
+                    Err(error) => (Outcome::Error(format!("{error:#}")), Vec::new()),
+                };
+                let time = begun.elapsed();
+                self.report.add("host", "differential", outcome, time, seen);
+            }
+        }
     }
 
     /// Builds the image of a copy of this clone in another folder and compares.
@@ -512,6 +545,46 @@ fn shellcheck(script: &Path) -> Result<String> {
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     must(output.status.success(), || said)?;
     Ok("shellcheck has no objection to the installer".into())
+}
+
+/// What the differential test has found.
+enum Compared {
+    /// Nothing, but for this much.
+    Agree(String),
+    /// This.
+    Differ(String),
+    /// It cannot run here.
+    Skipped(String),
+}
+
+/// Runs the differential test and reads its JSON.
+fn differential_run(root: &Path) -> Result<Compared> {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(program)
+        .args(["run", "--release", "--quiet", "--package", "differential"])
+        .args(["--", "--json"])
+        .current_dir(root)
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run the differential test")?;
+    let said = || String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let found: serde_json::Value =
+        serde_json::from_slice(&output.stdout).with_context(|| format!("no result: {}", said()))?;
+    let number = |name: &str| found.get(name).and_then(serde_json::Value::as_u64);
+    let text = |name: &str| {
+        let value = found.get(name).and_then(serde_json::Value::as_str);
+        value.unwrap_or_default().to_owned()
+    };
+    Ok(match text("outcome").as_str() {
+        "success" => Compared::Agree(format!(
+            "{} rule sets, {} packets",
+            number("rule_sets").unwrap_or(0),
+            number("packets").unwrap_or(0)
+        )),
+        "skipped" => Compared::Skipped(text("reason")),
+        "failure" => Compared::Differ(text("failure")),
+        other => bail!("the differential test says {other:?}: {}", said()),
+    })
 }
 
 /// What a run of cargo said.

@@ -1,0 +1,467 @@
+//! Sends a script through both, packet by packet, and compares.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
+
+use anyhow::Result;
+use firewall::Verdict;
+
+use crate::differences::{self, Case};
+use crate::engine::Engine;
+use crate::kernel::Kernel;
+use crate::packet::{Body, ICMP, ICMPV6, TCP, UDP};
+use crate::script::{Script, Step};
+use crate::seen::{self, Seen, Sum};
+
+// TCP flags.
+const FIN: u8 = 1;
+const RST: u8 = 4;
+
+/// Stands for the flow of a packet that belongs to none of the script.
+const STRAY: usize = usize::MAX;
+
+/// How often something happened.
+pub(crate) type Tally = BTreeMap<String, u64>;
+
+/// Two that should agree and do not.
+#[derive(Debug)]
+pub(crate) struct Disagreement {
+    /// The number of the step.
+    pub(crate) step: usize,
+    /// What is wrong.
+    pub(crate) text: String,
+}
+
+/// What a run of a script found.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    /// Packets that went through both.
+    pub(crate) packets: u64,
+    pub(crate) coverage: Tally,
+    pub(crate) differences: Tally,
+    pub(crate) disagreement: Option<Disagreement>,
+}
+
+/// What is known about the ports of one side.
+#[derive(Debug, Default)]
+struct Side {
+    /// What each flow has outside.
+    outside: HashMap<usize, u16>,
+    /// Who has which port, towards whom.
+    taken: HashMap<(u8, u16, IpAddr, u16), usize>,
+}
+
+struct Replay<'a> {
+    script: &'a Script,
+    kernel_side: Side,
+    engine_side: Side,
+    /// Flows that the two know differently, for a reason.
+    retired: HashSet<usize>,
+    /// Where the kernel has translations that the engine has not.
+    occupied: HashSet<(u8, IpAddr)>,
+    /// Flows with a segment that ends them.
+    ended: HashSet<usize>,
+    /// Flows of which something has passed.
+    begun: HashSet<usize>,
+    findings: Findings,
+}
+
+/// Runs a script.
+///
+/// # Errors
+///
+/// If the kernel cannot be set up.
+pub(crate) fn run(script: &Script) -> Result<Findings> {
+    let mut kernel = Kernel::new(&script.world)?;
+    let mut engine = Engine::new(&script.world, script.seed)?;
+    let mut replay = Replay {
+        script,
+        kernel_side: Side::default(),
+        engine_side: Side::default(),
+        retired: HashSet::new(),
+        occupied: HashSet::new(),
+        ended: HashSet::new(),
+        begun: HashSet::new(),
+        findings: Findings::default(),
+    };
+    for (number, step) in script.steps.iter().enumerate() {
+        if replay.is_in_vain(step) {
+            continue;
+        }
+        if let Err(text) = replay.step(&mut kernel, &mut engine, step) {
+            replay.findings.disagreement = Some(Disagreement { step: number, text });
+            break;
+        }
+    }
+    Ok(replay.findings)
+}
+
+/// The class of a port, within which another may be chosen.
+const fn class(port: u16) -> u8 {
+    match port {
+        0..512 => 0,
+        512..1024 => 1,
+        _ => 2,
+    }
+}
+
+impl Replay<'_> {
+    /// Whether the two are known to start from different states.
+    fn is_in_vain(&self, step: &Step) -> bool {
+        let is_begun = |flow: &usize| self.begun.contains(flow);
+        let dst = match step.flow.and_then(|flow| self.script.flows.get(flow)) {
+            Some(flow) => flow.remote,
+            None => step.packet.dst,
+        };
+        let protocol = step.packet.protocol;
+        let is_occupied = |address: IpAddr| self.occupied.contains(&(protocol, address));
+        step.flow.is_some_and(|flow| self.retired.contains(&flow))
+            || !step.flow.as_ref().is_some_and(is_begun)
+                && (is_occupied(dst) || is_occupied(step.packet.src))
+    }
+
+    /// What a flow has outside on one side.
+    fn outside(&self, side: &Side, flow: usize) -> u16 {
+        let own = || self.script.flows.get(flow).map_or(0, |flow| flow.sport);
+        side.outside.get(&flow).copied().unwrap_or_else(own)
+    }
+
+    fn step(
+        &mut self,
+        kernel: &mut Kernel,
+        engine: &mut Engine,
+        step: &Step,
+    ) -> Result<(), String> {
+        let for_kernel = step
+            .packet
+            .bytes(&|flow| self.outside(&self.kernel_side, flow));
+        let for_engine = step
+            .packet
+            .bytes(&|flow| self.outside(&self.engine_side, flow));
+        let by_kernel = kernel.exchange(step.port, &for_kernel);
+        let by_engine = engine.exchange(step.port, &for_engine);
+        self.findings.packets += 1;
+        let inside = step
+            .flow
+            .and_then(|flow| self.script.flows.get(flow))
+            .map(|own| own.sport);
+        let renamed = |side: &Side| {
+            let flow = step.flow?;
+            Some((self.outside(side, flow), inside?))
+        };
+        let mut kernel_seen = seen::all(
+            &by_kernel,
+            step.port,
+            &step.packet,
+            renamed(&self.kernel_side),
+        );
+        let mut engine_seen = seen::all(
+            &by_engine.sent,
+            step.port,
+            &step.packet,
+            renamed(&self.engine_side),
+        );
+        self.learn(step, &kernel_seen, &engine_seen)?;
+        for seen in kernel_seen.iter_mut().chain(&mut engine_seen) {
+            seen.outside = None;
+        }
+        // A segment that ends a connection frees its port, and may be the other side's.
+        if let Body::Tcp(tcp) = &step.packet.body
+            && tcp.flags & (FIN | RST) != 0
+        {
+            self.ended.extend(step.flow);
+        }
+        let verdict = by_engine.verdict;
+        if step.packet.split.is_some() {
+            // The specification fixes the largest piece, not every cut; the kernel may keep the cuts
+            // that it got, or make pieces of the least MTU of IPv6.
+            let most = for_engine.iter().map(Vec::len).max();
+            for seen in &mut engine_seen {
+                if seen.largest > most && seen.port != step.port {
+                    return Err(format!(
+                        "pieces of {:?} bytes of pieces of {most:?}",
+                        seen.largest
+                    ));
+                }
+                seen.largest = None;
+            }
+            for seen in &mut kernel_seen {
+                seen.largest = None;
+            }
+        }
+        // The kernel tracks a source routed packet before it drops it; the engine does not.
+        // The engine tracks a segment with a wrong checksum that it lets pass; the kernel does not.
+        let untracked = step.packet.options.first() == Some(&0x83);
+        if untracked || step.packet.damage == crate::packet::Damage::TransportChecksum {
+            self.retired.extend(step.flow);
+        }
+        if kernel_seen == engine_seen {
+            agrees_with_itself(step, verdict, &engine_seen)?;
+            self.cover(step, verdict, &engine_seen);
+            return Ok(());
+        }
+        let case = Case {
+            step,
+            kernel: &kernel_seen,
+            engine: &engine_seen,
+            verdict,
+        };
+        match differences::ALL.iter().find(|own| (own.applies)(&case)) {
+            Some(difference) => {
+                // What the kernel sent back to the uplink has a translation, which may be in the way.
+                if step.port == 0 {
+                    let ends = [step.packet.src, step.packet.dst];
+                    self.occupied
+                        .extend(ends.map(|own| (step.packet.protocol, own)));
+                }
+                *self
+                    .findings
+                    .differences
+                    .entry(difference.name.to_owned())
+                    .or_default() += 1;
+                self.retired.extend(step.flow);
+                Ok(())
+            }
+            None => Err(describe(&case)),
+        }
+    }
+
+    /// Notes the port that a flow has got outside.
+    fn learn(&mut self, step: &Step, kernel: &[Seen], engine: &[Seen]) -> Result<(), String> {
+        let Some(number) = step.flow.filter(|_| step.port > 0) else {
+            // Ports are taken all the same.
+            for (side, seen) in [
+                (&mut self.kernel_side, kernel),
+                (&mut self.engine_side, engine),
+            ] {
+                for own in seen.iter().filter(|own| own.port == 0) {
+                    if let (Some(port), Some(pair)) =
+                        (own.outside, own.transport.first_chunk::<4>())
+                    {
+                        let far = match own.protocol {
+                            TCP | UDP => u16::from_be_bytes([pair[2], pair[3]]),
+                            _ => u16::from_be_bytes([pair[0], pair[1]]),
+                        };
+                        side.taken
+                            .entry((own.protocol, port, own.dst, far))
+                            .or_insert(STRAY);
+                    }
+                }
+            }
+            return Ok(());
+        };
+        let Some(flow) = self.script.flows.get(number) else {
+            return Ok(());
+        };
+        let one = |seen: &[Seen]| {
+            seen.first()
+                .filter(|own| own.port == 0)
+                .and_then(|own| own.outside)
+        };
+        let (Some(by_kernel), Some(by_engine)) = (one(kernel), one(engine)) else {
+            return Ok(());
+        };
+        let known = self.kernel_side.outside.contains_key(&number);
+        let own = flow.sport;
+        let tuple = |port: u16| (flow.protocol, port, flow.remote, flow.dport);
+        if !known && (by_kernel == own) != (by_engine == own) {
+            // One of them had to choose: that must have a reason on its side.
+            let (side, port) = if by_kernel == own {
+                (&self.engine_side, by_engine)
+            } else {
+                (&self.kernel_side, by_kernel)
+            };
+            let reused = self
+                .script
+                .flows
+                .iter()
+                .enumerate()
+                .any(|(other, flow_of)| {
+                    flow_of.client == flow.client
+                        && flow_of.sport == own
+                        && flow_of.protocol == flow.protocol
+                        && side.outside.get(&other) == Some(&port)
+                });
+            if !side.taken.contains_key(&tuple(own)) && !reused {
+                return Err(format!(
+                    "one keeps port {own}, the other does not: kernel {by_kernel}, engine {by_engine}"
+                ));
+            }
+        }
+        let is_query = matches!(flow.protocol, ICMP | ICMPV6);
+        if !is_query
+            && [by_kernel, by_engine]
+                .iter()
+                .any(|port| class(*port) != class(own))
+        {
+            return Err(format!(
+                "port {own} leaves its class: kernel {by_kernel}, engine {by_engine}"
+            ));
+        }
+        for (name, side, port) in [
+            ("kernel", &mut self.kernel_side, by_kernel),
+            ("engine", &mut self.engine_side, by_engine),
+        ] {
+            let before = side.outside.insert(number, port);
+            if before.is_some_and(|before| before != port) && !self.ended.contains(&number) {
+                return Err(format!(
+                    "{name}: the flow changes its port from {before:?} to {port}"
+                ));
+            }
+            let holder = side.taken.insert(tuple(port), number);
+            if let Some(holder) = holder.filter(|holder| ![number, STRAY].contains(holder))
+                && !self.ended.contains(&holder)
+            {
+                return Err(format!(
+                    "{name}: port {port} stands for two flows, {holder} and {number}"
+                ));
+            }
+        }
+        if !known {
+            let kept = by_engine == own && by_kernel == own;
+            self.count(
+                if kept {
+                    "nat: port kept"
+                } else {
+                    "nat: port changed"
+                },
+                flow.is_v6(),
+            );
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, what: &str, v6: bool) {
+        let family = if v6 { "IPv6" } else { "IPv4" };
+        *self
+            .findings
+            .coverage
+            .entry(format!("{family} {what}"))
+            .or_default() += 1;
+    }
+
+    /// Counts what the two agree on.
+    fn cover(&mut self, step: &Step, verdict: Verdict, seen: &[Seen]) {
+        let v6 = step.packet.is_v6();
+        let up = step.port > 0;
+        let way = if up { "up" } else { "down" };
+        match verdict {
+            Verdict::Forward { .. } | Verdict::Replaced { .. } => {
+                self.count("accepted", v6);
+                let is_error = matches!(step.packet.body, Body::Error { .. });
+                match step.flow {
+                    _ if is_error => self.count(&format!("related {way}"), v6),
+                    Some(flow) if !self.begun.insert(flow) => {
+                        self.count(&format!("established {way}"), v6);
+                    }
+                    _ => self.count("new", v6),
+                }
+                if step.packet.split.is_some() {
+                    self.count("fragments accepted", v6);
+                } else if seen.iter().any(|own| own.largest.is_some()) {
+                    self.count("cut into fragments", v6);
+                }
+                if !v6 && up && seen.iter().any(|own| own.dst != step.packet.dst) {
+                    self.count("DNS redirected", v6);
+                }
+                match step.packet.protocol {
+                    TCP | UDP | ICMP | ICMPV6 => {}
+                    _ => self.count("other protocol accepted", v6),
+                }
+                if !step.packet.extensions.is_empty() {
+                    self.count("extension header accepted", v6);
+                }
+            }
+            Verdict::Reject(_) => {
+                for own in seen {
+                    if let Some((kind, code)) = own.icmp() {
+                        self.count(&format!("rejected with ICMP {kind}/{code} {way}"), v6);
+                    }
+                }
+            }
+            Verdict::Drop(reason) => {
+                self.count("dropped", v6);
+                if differences::INVALID.contains(&reason) {
+                    self.count(&format!("invalid {way}"), v6);
+                }
+                self.count(&format!("dropped: {}", reason.name()), v6);
+            }
+            Verdict::Local => self.count(&format!("answered {way}"), v6),
+            Verdict::Held => self.count("fragments held", v6),
+            Verdict::Deliver => self.count("delivered", v6),
+        }
+        if step.packet.split.is_some() {
+            self.count("fragmented", v6);
+        }
+    }
+}
+
+/// The engine's word and deed must agree, and what it makes must be well formed.
+fn agrees_with_itself(step: &Step, verdict: Verdict, seen: &[Seen]) -> Result<(), String> {
+    let damaged = step.packet.damage != crate::packet::Damage::None;
+    let expected = match verdict {
+        Verdict::Forward { .. } | Verdict::Replaced { .. } => !seen.is_empty(),
+        // A datagram whose last fragment comes twice, or after the overlap that killed it, ends with a
+        // verdict about the fragment.
+        Verdict::Held | Verdict::Drop(_) => seen.is_empty() || step.packet.split.is_some(),
+        Verdict::Reject(_) => seen.iter().all(|own| own.port == step.port),
+        Verdict::Local => !seen.is_empty() && seen.iter().all(|own| own.port == step.port),
+        Verdict::Deliver => false,
+    };
+    if !expected {
+        return Err(format!("the engine says {verdict:?} and sends {seen:#?}"));
+    }
+    let wrong = seen
+        .iter()
+        .any(|own| !own.header_sum || own.sum == Sum::Wrong);
+    if wrong && !damaged {
+        return Err(format!("both send a wrong checksum: {seen:#?}"));
+    }
+    Ok(())
+}
+
+fn describe(case: &Case<'_>) -> String {
+    format!(
+        "the engine says {:?}\nkernel sends {}\nengine sends {}",
+        case.verdict,
+        list(case.kernel),
+        list(case.engine)
+    )
+}
+
+fn list(seen: &[Seen]) -> String {
+    if seen.is_empty() {
+        return "nothing".to_owned();
+    }
+    let lines = seen.iter().map(|own| {
+        format!(
+            "\n  to {}: {} -> {} protocol {} {:?} checksum {:?} header checksum {} largest {:?}\n    header {}\n    transport {}\n    quote {:?}",
+            own.port,
+            own.src,
+            own.dst,
+            own.protocol,
+            own.icmp().map(|(kind, code)| format!("ICMP {kind}/{code}")),
+            own.sum,
+            own.header_sum,
+            own.largest,
+            hex(&own.header),
+            hex(&own.transport),
+            own.quote.as_ref().map(|own| (own.sum, own.bytes.len(), hex(&own.bytes))),
+        )
+    });
+    lines.collect()
+}
+
+/// Bytes to read, cut where they become dull.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    let shown: String = bytes
+        .iter()
+        .take(96)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    if bytes.len() > 96 {
+        format!("{shown}... ({} bytes)", bytes.len())
+    } else {
+        shown
+    }
+}

@@ -1,0 +1,209 @@
+//! What a person, or a machine, is told.
+
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use crate::differences;
+use crate::replay::{Disagreement, Tally, hex};
+use crate::script::Script;
+
+/// What must have happened at least once for a run to prove anything.
+const NEEDED: &[&str] = &[
+    "accepted",
+    "new",
+    "established up",
+    "established down",
+    "related up",
+    "related down",
+    "invalid up",
+    "invalid down",
+    "fragments accepted",
+    "fragments held",
+    "dropped",
+    "dropped: spoofed-source",
+    "dropped: guarded-source",
+    "dropped: guarded-destination",
+    "dropped: martian-source",
+    "dropped: to-client",
+    "dropped: unsolicited",
+    "dropped: no-rules",
+    "dropped: multicast",
+    "nat: port kept",
+    "nat: port changed",
+    "answered up",
+    "other protocol accepted",
+];
+
+/// The same for IPv4 alone.
+const NEEDED4: &[&str] = &[
+    "DNS redirected",
+    "cut into fragments",
+    "dropped: no-resolver",
+    "dropped: source-routed",
+    "rejected with ICMP 3/13 up",
+    "rejected with ICMP 3/10 up",
+    "rejected with ICMP 3/4 up",
+    "rejected with ICMP 11/0 up",
+    "rejected with ICMP 11/0 down",
+];
+
+/// The same for IPv6 alone.
+const NEEDED6: &[&str] = &[
+    "answered down",
+    "extension header accepted",
+    "rejected with ICMP 1/1 up",
+    "rejected with ICMP 2/0 up",
+    "rejected with ICMP 3/0 up",
+    "rejected with ICMP 3/0 down",
+];
+
+/// Everything that a run has found.
+#[derive(Debug, Default)]
+pub(crate) struct Total {
+    pub(crate) rule_sets: u64,
+    pub(crate) packets: u64,
+    pub(crate) coverage: Tally,
+    pub(crate) differences: Tally,
+    pub(crate) seconds: f64,
+    pub(crate) failure: Option<String>,
+}
+
+impl Total {
+    pub(crate) fn add(&mut self, findings: &crate::replay::Findings) {
+        self.rule_sets += 1;
+        self.packets += findings.packets;
+        for (to, from) in [
+            (&mut self.coverage, &findings.coverage),
+            (&mut self.differences, &findings.differences),
+        ] {
+            for (name, count) in from {
+                *to.entry(name.clone()).or_default() += count;
+            }
+        }
+    }
+
+    /// What never happened and should have.
+    pub(crate) fn gaps(&self) -> Vec<String> {
+        let both = ["IPv4", "IPv6"];
+        let families = both
+            .iter()
+            .flat_map(|family| NEEDED.iter().map(move |own| (*family, *own)));
+        let single = [("IPv4", NEEDED4), ("IPv6", NEEDED6)];
+        let single = single
+            .into_iter()
+            .flat_map(|(family, all)| all.iter().map(move |own| (family, *own)));
+        let mut gaps: Vec<String> = families
+            .chain(single)
+            .map(|(family, own)| format!("{family} {own}"))
+            .filter(|name| !self.coverage.contains_key(name))
+            .map(|name| format!("never happened: {name}"))
+            .collect();
+        let listed = differences::ALL.iter().map(|own| own.name);
+        let idle = listed.filter(|name| !self.differences.contains_key(*name));
+        gaps.extend(
+            idle.filter(|name| *name != differences::OUT_OF_STEP)
+                .map(|name| format!("intended difference that never applied: {name}")),
+        );
+        // A handful always, so that a short run does not fail by one.
+        let out_of_step = self
+            .differences
+            .get(differences::OUT_OF_STEP)
+            .copied()
+            .unwrap_or(0);
+        if out_of_step > 5 + self.packets.saturating_mul(differences::MOST_OUT_OF_STEP) / 1_000_000
+        {
+            gaps.push(format!(
+                "{out_of_step} times {}: too often",
+                differences::OUT_OF_STEP
+            ));
+        }
+        gaps
+    }
+
+    pub(crate) fn text(&self) -> String {
+        let mut out = String::new();
+        let _ = writeln!(
+            out,
+            "{} rule sets, {} packets through the kernel and the engine in {:.1} s",
+            self.rule_sets, self.packets, self.seconds
+        );
+        let _ = writeln!(out, "\nThey agree on:");
+        for (name, count) in &self.coverage {
+            let _ = writeln!(out, "{count:>9}  {name}");
+        }
+        let _ = writeln!(out, "\nIntended differences:");
+        for own in differences::ALL {
+            let count = self.differences.get(own.name).copied().unwrap_or(0);
+            let _ = writeln!(
+                out,
+                "{count:>9}  {}: {} ({})",
+                own.name, own.what, own.reason
+            );
+        }
+        out
+    }
+
+    pub(crate) fn json(&self, seed: u64) -> Value {
+        let list: Vec<Value> = differences::ALL
+            .iter()
+            .map(|own| {
+                json!({
+                    "name": own.name,
+                    "what": own.what,
+                    "reason": own.reason,
+                    "count": self.differences.get(own.name).copied().unwrap_or(0),
+                })
+            })
+            .collect();
+        json!({
+            "outcome": if self.failure.is_some() { "failure" } else { "success" },
+            "seed": seed,
+            "rule_sets": self.rule_sets,
+            "packets": self.packets,
+            "seconds": self.seconds,
+            "coverage": self.coverage,
+            "differences": list,
+            "failure": self.failure,
+        })
+    }
+}
+
+/// A disagreement with all that is needed to see it.
+pub(crate) fn failure(script: &Script, found: &Disagreement, packets: usize) -> String {
+    let mut out = String::new();
+    let _ = writeln!(
+        out,
+        "kernel and engine disagree; to see it again: differential --seed {} --rule-sets 1 --packets-per-set {packets}",
+        script.seed
+    );
+    let _ = writeln!(
+        out,
+        "shortest context, uplink MTU {}, resolvers {:?}:",
+        script.world.uplink_mtu, script.world.resolvers
+    );
+    for (address, tree) in &script.world.trees {
+        let used = script.steps.iter().any(|step| step.packet.src == *address);
+        if used {
+            let _ = writeln!(out, "  rules of {address}: {:?}", tree.keys());
+        }
+    }
+    for (number, step) in script.steps.iter().enumerate().take(found.step + 1) {
+        let from = if step.port == 0 {
+            "uplink".to_owned()
+        } else {
+            format!("client {}", step.port)
+        };
+        let _ = writeln!(
+            out,
+            "  packet {number} from {from}, flow {:?}: {:?}",
+            step.flow, step.packet
+        );
+        let own = |flow: usize| script.flows.get(flow).map_or(0, |flow| flow.sport);
+        for bytes in step.packet.bytes(&own) {
+            let _ = writeln!(out, "    {}", hex(&bytes));
+        }
+    }
+    let _ = writeln!(out, "{}", found.text);
+    out
+}

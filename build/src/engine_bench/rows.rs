@@ -1,0 +1,329 @@
+//! The rows of the engine's bench: which workload, with which goal of `performance.md` 1.1, and what peers
+//! need for the same, as that document quotes them.
+
+/// What a row must be.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Goal {
+    /// At most this many.
+    Most(f64),
+    /// At most this often the count of another row.
+    Ratio(f64, &'static str),
+    /// As another row, but for this many.
+    Same(f64, &'static str),
+    /// There is none; the figure is for comparison.
+    None,
+}
+
+/// A row of the table of instruction counts.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Row {
+    /// The goal's number, or the workload's.
+    pub(super) id: &'static str,
+    /// What it is called; unique.
+    pub(super) name: &'static str,
+    /// Workload, flows, clients, rules, as the example takes them.
+    pub(super) run: [&'static str; 4],
+    pub(super) goal: Goal,
+    /// What a peer needs for the same, as `performance.md` quotes it.
+    pub(super) peer: &'static str,
+}
+
+const fn row(
+    id: &'static str,
+    name: &'static str,
+    run: [&'static str; 4],
+    goal: Goal,
+    peer: &'static str,
+) -> Row {
+    Row {
+        id,
+        name,
+        run,
+        goal,
+        peer,
+    }
+}
+
+const LINUX_EST: &str = "Linux nftables 8,800; Click 750; mirage-nat 22,800";
+const LINUX_NEW: &str = "Linux 29,700 to 38,400; mirage-nat 74,500";
+
+/// The rows in the order of the goals, then of the workloads.
+pub(super) const ROWS: &[Row] = &[
+    row(
+        "P1",
+        "established TCP, up",
+        ["est-up", "1024", "250", "50"],
+        Goal::Most(400.0),
+        LINUX_EST,
+    ),
+    row(
+        "P1",
+        "established TCP, down",
+        ["est-down", "1024", "250", "50"],
+        Goal::Most(400.0),
+        "",
+    ),
+    row(
+        "P2",
+        "established UDP, up",
+        ["udp-up", "1024", "250", "50"],
+        Goal::Most(340.0),
+        "",
+    ),
+    row(
+        "P2",
+        "established UDP, down",
+        ["udp-down", "1024", "250", "50"],
+        Goal::Most(340.0),
+        "",
+    ),
+    row(
+        "P3",
+        "established TCP, 1500 bytes",
+        ["large", "1024", "250", "50"],
+        Goal::Same(2.0, "established TCP, up"),
+        "Linux 8,980; mirage-nat 23,500",
+    ),
+    row(
+        "P7",
+        "new TCP flow, 1 client",
+        ["new", "1024", "1", "50"],
+        Goal::Most(1400.0),
+        LINUX_NEW,
+    ),
+    row(
+        "P7",
+        "new TCP flow, 250 clients",
+        ["new", "1024", "250", "50"],
+        Goal::Most(1400.0),
+        "",
+    ),
+    row(
+        "P9",
+        "spoofed source",
+        ["spoof", "1024", "250", "50"],
+        Goal::Most(250.0),
+        "",
+    ),
+    row(
+        "P9",
+        "refused by a rule, ICMP error built",
+        ["refused", "1024", "250", "50"],
+        Goal::Most(700.0),
+        "",
+    ),
+    row(
+        "P10",
+        "established, 1 rule",
+        ["est-up", "1024", "1", "1"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "P10",
+        "established, 10,000 rules",
+        ["est-up", "1024", "1", "10000"],
+        Goal::Same(0.1, "established, 1 rule"),
+        "",
+    ),
+    row(
+        "P10",
+        "new, 1 rule",
+        ["new", "1024", "1", "1"],
+        Goal::None,
+        "Linux 2.8 us",
+    ),
+    row(
+        "P10",
+        "new, 10,000 rules",
+        ["new", "1024", "1", "10000"],
+        Goal::Ratio(1.3, "new, 1 rule"),
+        "Linux 85.5 us",
+    ),
+    row(
+        "P11",
+        "established, 1 client",
+        ["est-up", "1024", "1", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "P11",
+        "established, 250 clients",
+        ["est-up", "1024", "250", "50"],
+        Goal::Ratio(1.02, "established, 1 client"),
+        "",
+    ),
+    row(
+        "P11",
+        "new, 250 clients",
+        ["new", "1024", "250", "50"],
+        Goal::Ratio(1.02, "new TCP flow, 1 client"),
+        "Linux x 1.10",
+    ),
+    row(
+        "P12",
+        "established, 1 flow",
+        ["est-up", "1", "1", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "P12",
+        "established, 65,536 flows",
+        ["est-up", "65536", "250", "50"],
+        Goal::Ratio(1.03, "established, 1 flow"),
+        "mirage-nat x 5",
+    ),
+    row(
+        "P16",
+        "expiry, per flow",
+        ["expire", "16384", "250", "50"],
+        Goal::Most(40.0),
+        "",
+    ),
+    row(
+        "P18",
+        "full table, every flow new",
+        ["full", "16384", "250", "50"],
+        Goal::Ratio(1.15, "new TCP flow, 250 clients"),
+        "",
+    ),
+    row(
+        "W4",
+        "established IPv6, up",
+        ["est6-up", "1024", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W4",
+        "established IPv6, down",
+        ["est6-down", "1024", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W8",
+        "DNS to a virtual resolver",
+        ["dns-up", "1024", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W8",
+        "DNS answer",
+        ["dns-down", "1024", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W9",
+        "echo request of a flow",
+        ["echo", "1024", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W9",
+        "unreachable with a translated TCP header",
+        ["unreachable", "1024", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W10",
+        "connections from SYN to FIN, per packet",
+        ["life", "0", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W11",
+        "64 KiB TCP frame, headers only",
+        ["gso", "64", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W13",
+        "fragments in order",
+        ["frag", "0", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W13",
+        "fragments in reverse",
+        ["frag-reversed", "0", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W13",
+        "fragments that overlap",
+        ["frag-overlap", "0", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W15",
+        "every other packet a flood's",
+        ["flood", "16384", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "W18",
+        "mixed sizes, 1 % new flows",
+        ["imix", "16384", "250", "50"],
+        Goal::None,
+        "",
+    ),
+    row(
+        "peer",
+        "smoltcp: read and write a TCP packet",
+        ["smoltcp", "1024", "250", "50"],
+        Goal::None,
+        "at 1500 bytes 3,350",
+    ),
+    row(
+        "peer",
+        "etherparse: read and write a TCP packet",
+        ["etherparse", "1024", "250", "50"],
+        Goal::None,
+        "",
+    ),
+];
+
+/// A row of nanoseconds: goal, name, run, goal in nanoseconds, what peers need.
+pub(super) const TIMES: &[(&str, &str, [&str; 4], f64, &str)] = &[
+    (
+        "P4",
+        "established, 1,024 flows",
+        ["est-up", "1024", "250", "50"],
+        40.0,
+        "VPP 96; OPTE 320; Linux 743",
+    ),
+    (
+        "P5",
+        "established, 65,536 flows",
+        ["est-up", "65536", "250", "50"],
+        50.0,
+        "VPP 302; Linux 1,230",
+    ),
+    (
+        "P6",
+        "established, 1,048,576 flows",
+        ["est-up", "1048576", "250", "50"],
+        70.0,
+        "",
+    ),
+    (
+        "P8",
+        "new flow, 65,536 flows",
+        ["new", "65536", "250", "50"],
+        220.0,
+        "VPP 1,200; Linux 2,900",
+    ),
+];

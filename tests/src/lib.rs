@@ -8,6 +8,7 @@
 //! | [`client`] | a client qube's frontend, correct by default, hostile on request |
 //! | [`netvm`] | the uplink's backend, the same |
 //! | [`router`] | `netback` and `netfront` joined by the main loop that the kernel uses |
+//! | [`whole`] | the whole kernel in a whole computer: xenstore, dom0 with both daemons, a netvm, clients |
 //!
 //! The peers are written against the protocol, not against the drivers' ring code, so that a mistake in
 //! one is not repeated by the other. They live in domains of one [`xen::fake::FakeMachine`], whose accounts
@@ -27,3 +28,4 @@ pub mod frames;
 pub mod netvm;
 pub mod raw;
 pub mod router;
+pub mod whole;

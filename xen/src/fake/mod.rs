@@ -96,6 +96,14 @@ impl FakeMachine {
         })
     }
 
+    /// Whether a port's pending bit is set, without clearing it; false if the port is closed.
+    #[must_use]
+    pub fn is_pending(&self, id: DomId, port: PortNumber) -> bool {
+        self.with(id, |domain| {
+            domain.port(port).is_some_and(|port| port.pending)
+        })
+    }
+
     /// The present time. Domains see it with their next wait or refresh.
     #[must_use]
     pub fn now(&self) -> Time {

@@ -343,6 +343,12 @@ impl Filter {
         None
     }
 
+    /// Whether [`Filter::next_report`] has something to say.
+    #[must_use]
+    pub fn has_report(&self) -> bool {
+        self.settings.has_report()
+    }
+
     /// What QubesDB is to be told next about rules and names. Without a reader nothing is lost but the news.
     pub fn next_report(&mut self) -> Option<Report> {
         self.settings.next_report(&self.target.resolver)

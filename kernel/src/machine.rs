@@ -178,7 +178,10 @@ impl Firewall {
             .data
             .filter
             .tick(filter_time(now), EXPIRIES_PER_ITERATION);
-        if moved || busy || dom0_busy {
+        // Rules that have just come into force are news for dom0; nothing else would wake us for them.
+        let news = self.data.filter.has_report()
+            && self.qubes.as_ref().is_some_and(|qubes| qubes.can_report());
+        if moved || busy || dom0_busy || news {
             hv.refresh_time();
             return Step::Continue;
         }

@@ -91,10 +91,16 @@ impl QubesLink {
             .is_some_and(|channel| channel.port().is_some())
     }
 
+    /// Whether [`Filter::next_report`] finds somebody to tell: such news is a reason not to sleep.
+    #[must_use]
+    pub fn can_report(&self) -> bool {
+        self.database.is_ready()
+    }
+
     /// Writes what dom0's tools want to know of rules that came into force. What finds no room is left out: it is news,
     /// not state.
     fn report(&mut self, filter: &mut Filter) {
-        if !self.database.is_ready() {
+        if !self.can_report() {
             return;
         }
         for _ in 0..REPORTS_PER_STEP {

@@ -566,6 +566,12 @@ impl Settings {
         }
     }
 
+    /// Whether [`Settings::next_report`] has something to say.
+    #[must_use]
+    pub fn has_report(&self) -> bool {
+        !self.reports.is_empty()
+    }
+
     /// What QubesDB is to be told: the next address whose rules came into force or whose names changed.
     pub fn next_report(&mut self, resolver: &Resolver) -> Option<Report> {
         let client = self.reports.pop_front()?;

@@ -291,13 +291,15 @@ impl World {
         index
     }
 
-    /// Detaches the last client.
+    /// Detaches the last client and destroys its domain.
     pub fn remove_client(&mut self) {
         self.clients.last_mut().expect("no client").leave();
         self.until("end of the client", Duration::from_secs(10), |world| {
             world.clients.last().is_some_and(ClientSide::is_gone)
         });
-        self.clients.pop();
+        if let Some(client) = self.clients.pop() {
+            self.store.destroy(client.vif.frontend);
+        }
     }
 
     /// What the firewall shows.

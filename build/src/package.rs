@@ -293,6 +293,21 @@ mod tests {
     }
 
     #[test]
+    fn m2_both_installers_forbid_memory_on_demand() {
+        let package = package();
+        let text = |path: &str| {
+            let (_, entry) = package
+                .files
+                .iter()
+                .find(|(name, _)| name.ends_with(path))
+                .unwrap();
+            String::from_utf8_lossy(&entry.content).into_owned()
+        };
+        assert!(text("portcullis/init.sls").contains("- maxmem: 0\n"));
+        assert!(text("install.sh").contains("set_pref maxmem 0\n"));
+    }
+
+    #[test]
     fn an_archive_is_sorted_and_knows_no_time_owner_or_place() {
         let bytes = package().archive().unwrap();
         assert_eq!(bytes, package().archive().unwrap());

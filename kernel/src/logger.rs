@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn rate_limit_passes_one_a_second_and_counts_the_rest() {
+    fn m3_rate_limit_passes_one_a_second_and_counts_the_rest() {
         let mut limit = RateLimit::default();
         let start = Time(5_000_000_000);
         assert_eq!(limit.permit(start), Some(0));

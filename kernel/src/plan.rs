@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn eight_mebibytes_hold_the_smallest_tables_and_both_rings() {
+    fn m5_eight_mebibytes_hold_the_smallest_tables_and_both_rings() {
         // 8 MiB less the image and Xen's pages.
         let plan = MemoryPlan::new(7 * MIB);
         let limits = plan.limits();

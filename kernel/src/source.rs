@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn l_command_line_words_for_linux_decide_nothing() {
+    fn l11_command_line_words_for_linux_decide_nothing() {
         let line = "root=/dev/mapper/dmroot ro nomodeset console=hvc0 swiotlb=2048";
         assert_eq!(Source::from_command_line(line), Source::Open);
         let forced = "ro config=xenstore quiet";

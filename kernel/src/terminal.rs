@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn output_waits_for_room_and_a_full_queue_drops_whole_lines() {
+    fn m3_output_waits_for_room_and_a_full_queue_drops_whole_lines() {
         let mut terminal = Terminal::new();
         let mut pipe = pipe(b"", 5);
         terminal.print_line("hello world");

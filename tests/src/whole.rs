@@ -24,6 +24,7 @@ use xenstore::{ControlPlane, Shutdown};
 
 pub mod dom0;
 pub mod peers;
+pub mod scenes;
 pub mod sleeper;
 
 use dom0::Dom0Channels;
@@ -39,14 +40,21 @@ const SPIN: u32 = 20_000;
 
 /// A console whose reader keeps everything.
 #[derive(Debug, Default)]
-struct Console(Vec<u8>);
+struct Console {
+    text: Vec<u8>,
+    /// Takes nothing more, as a console daemon that hangs.
+    stuck: bool,
+}
 
 impl ByteStream for Console {
     fn read(&mut self, _: &mut [u8]) -> Result<usize, StreamError> {
         Ok(0)
     }
     fn write(&mut self, bytes: &[u8]) -> Result<usize, StreamError> {
-        self.0.extend(bytes);
+        if self.stuck {
+            return Ok(0);
+        }
+        self.text.extend(bytes);
         Ok(bytes.len())
     }
 }
@@ -233,7 +241,7 @@ impl World {
             assert!(
                 elapsed < limit,
                 "no {name} within {limit:?}; console:\n{}",
-                String::from_utf8_lossy(&self.console.0)
+                String::from_utf8_lossy(&self.console.text)
             );
             self.step();
         }
@@ -252,6 +260,11 @@ impl World {
                 Progress::Going => self.step(),
             }
         }
+    }
+
+    /// From now on the console takes nothing.
+    pub const fn stop_console(&mut self) {
+        self.console.stuck = true;
     }
 
     /// The double.

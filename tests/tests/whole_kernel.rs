@@ -10,13 +10,13 @@
 use std::time::Duration;
 
 use kernel::snapshot::Scope;
+use tests::whole::peers::{ClientSide, NetvmSide};
+use tests::whole::scenes::{NETVM, WEB, forwarded, running, shut_down};
 use tests::whole::{VM, World};
-use tests::whole::peers::{BACKEND_MAC, ClientSide, NetvmSide, datagram, parts};
 use xen::DomId;
 use xenstore::Shutdown;
 
 const SECOND: Duration = Duration::from_secs(1);
-const UPLINK_MAC: [u8; 6] = [0, 0x16, 0x3e, 0x5e, 0x6c, 0];
 
 #[test]
 fn boots_on_qubes_os_and_takes_qubesdb_as_its_source() {
@@ -29,50 +29,6 @@ fn boots_on_qubes_os_and_takes_qubesdb_as_its_source() {
         world.steps
     );
     assert!(synced < Duration::from_millis(100) && greeted < Duration::from_millis(100));
-}
-
-/// A firewall that runs, with an uplink and three connected clients.
-fn running() -> World {
-    let mut world = World::configured();
-    world.run("wait synced\nwait qrexec");
-    world.connect_netvm(NETVM);
-    for (id, address) in CLIENTS {
-        world.connect_client(id, address);
-    }
-    world.run("wait key /qubes-firewall-handled/10.137.0.11 1");
-    world
-}
-
-const NETVM: DomId = DomId(4);
-const CLIENTS: [(DomId, &str); 3] = [
-    (DomId(9), "10.137.0.9"),
-    (DomId(10), "10.137.0.10"),
-    (DomId(11), "10.137.0.11"),
-];
-const WEB: ([u8; 4], u16) = ([192, 0, 2, 80], 443);
-
-/// Datagrams of a client to `destination` that reach the netvm; each is answered, and the answer must come back.
-fn forwarded(world: &mut World, client: usize, destination: ([u8; 4], u16)) -> bool {
-    let port = 40_000 + u16::try_from(client).unwrap();
-    world.clients[client].send(port, destination, b"there");
-    world.ticks(100);
-    let taken = world.netvm.as_mut().unwrap().take();
-    let Some((source, to, payload)) = taken.iter().find_map(|frame| parts(&frame.bytes)) else {
-        return false;
-    };
-    assert_eq!((to, payload.as_slice()), (destination, &b"there"[..]));
-    assert_eq!(source.0, [10, 137, 0, 5], "not translated");
-    let back = datagram((BACKEND_MAC, UPLINK_MAC), destination, source, b"and back");
-    world.netvm.as_mut().unwrap().deliver(&back);
-    world.ticks(100);
-    let received = world.clients[client].take();
-    let (from, to, payload) = received
-        .iter()
-        .find_map(|frame| parts(&frame.bytes))
-        .expect("no answer");
-    assert_eq!((from, payload.as_slice()), (destination, &b"and back"[..]));
-    assert_eq!(to.1, port);
-    true
 }
 
 #[test]
@@ -89,7 +45,11 @@ fn frames_pass_both_ways_as_the_rules_of_qubesdb_say() {
 #[test]
 fn on_qubes_os_the_advertisement_decides_and_vm_data_is_ignored_from_then_on() {
     let mut world = World::configured();
-    assert!(world.store.exists("/local/domain/0/data/vchan/7/111/event-channel"));
+    assert!(
+        world
+            .store
+            .exists("/local/domain/0/data/vchan/7/111/event-channel")
+    );
     world.run("wait synced\nwait qrexec");
     world
         .store
@@ -99,7 +59,11 @@ fn on_qubes_os_the_advertisement_decides_and_vm_data_is_ignored_from_then_on() {
     assert_eq!(snapshot.source, "qubesdb");
     assert_eq!(snapshot.missing, [""; 0]);
     // An advertisement disappears with the first connection.
-    assert!(!world.store.exists("/local/domain/0/data/vchan/7/111/event-channel"));
+    assert!(
+        !world
+            .store
+            .exists("/local/domain/0/data/vchan/7/111/event-channel")
+    );
 }
 
 #[test]
@@ -123,8 +87,18 @@ fn on_plain_xen_vm_data_is_the_source() {
     assert!(forwarded(&mut world, 0, WEB));
     world.ticks(30_000);
     // Nothing of Qubes OS is left: neither an advertisement of ours nor a watch for dom0's.
-    assert!(!world.store.all_paths().iter().any(|path| path.contains("vchan")));
-    assert_eq!(world.asleep().unwrap().ports.len(), 3, "store, uplink, client");
+    assert!(
+        !world
+            .store
+            .all_paths()
+            .iter()
+            .any(|path| path.contains("vchan"))
+    );
+    assert_eq!(
+        world.asleep().unwrap().ports.len(),
+        3,
+        "store, uplink, client"
+    );
 }
 
 #[test]
@@ -140,7 +114,7 @@ fn plain_xen_that_gets_its_settings_later_is_still_plain_xen() {
 }
 
 #[test]
-fn rules_change_only_at_the_commit() {
+fn q10_rules_change_only_at_the_commit() {
     let mut world = running();
     let db = |world: &mut World, path: &str, value: &str| {
         world.dom0().qubesdb.write(path, value.as_bytes());
@@ -148,27 +122,40 @@ fn rules_change_only_at_the_commit() {
     };
     world.dom0().qubesdb.remove("/qubes-firewall/10.137.0.9/");
     world.ticks(50);
-    assert!(forwarded(&mut world, 0, ([198, 51, 100, 1], 1)), "removed, not committed");
+    assert!(
+        forwarded(&mut world, 0, ([198, 51, 100, 1], 1)),
+        "removed, not committed"
+    );
     db(&mut world, "/qubes-firewall/10.137.0.9/policy", "drop");
     db(&mut world, "/qubes-firewall/10.137.0.9/0000", "action=drop");
-    assert!(forwarded(&mut world, 0, ([198, 51, 100, 2], 2)), "written, not committed");
+    assert!(
+        forwarded(&mut world, 0, ([198, 51, 100, 2], 2)),
+        "written, not committed"
+    );
     db(&mut world, "/qubes-firewall/10.137.0.9", "");
-    assert!(!forwarded(&mut world, 0, ([198, 51, 100, 3], 3)), "committed");
+    assert!(
+        !forwarded(&mut world, 0, ([198, 51, 100, 3], 3)),
+        "committed"
+    );
     world.run("wait key /qubes-firewall-handled/10.137.0.9 2");
 }
 
 #[test]
 fn a_rule_set_that_makes_no_sense_drops_everything_of_its_client_alone() {
     let mut world = running();
-    world.run("rules 10.137.0.9\n  0000 action=allow\nwait key /qubes-firewall-handled/10.137.0.9 2");
+    world.run(
+        "rules 10.137.0.9\n  0000 action=allow\nwait key /qubes-firewall-handled/10.137.0.9 2",
+    );
     assert!(!forwarded(&mut world, 0, WEB));
     assert!(forwarded(&mut world, 1, WEB));
-    world.run("rules 10.137.0.9\n  0000 action=accept\nwait key /qubes-firewall-handled/10.137.0.9 3");
+    world.run(
+        "rules 10.137.0.9\n  0000 action=accept\nwait key /qubes-firewall-handled/10.137.0.9 3",
+    );
     assert!(forwarded(&mut world, 0, WEB));
 }
 
 #[test]
-fn the_netvm_goes_and_another_one_comes_with_every_key_rewritten() {
+fn q11_the_netvm_goes_and_another_one_comes_with_every_key_rewritten() {
     let mut world = running();
     assert!(forwarded(&mut world, 0, WEB));
     let before = world.held();
@@ -178,7 +165,8 @@ fn the_netvm_goes_and_another_one_comes_with_every_key_rewritten() {
             world.snapshot(Scope::OVERVIEW).uplink.is_none()
         });
         world.run("call 0 root:QUBESRPC qubes.WaitForNetworkUplink dom0");
-        world.run("network fw 10.137.0.5 10.137.0.20 00:16:3e:5e:6c:00\nrewrite\nwait acknowledged");
+        world
+            .run("network fw 10.137.0.5 10.137.0.20 00:16:3e:5e:6c:00\nrewrite\nwait acknowledged");
         world.connect_netvm(DomId(20 + round));
         world.run("call 0 root:QUBESRPC qubes.WaitForNetworkUplink dom0");
         assert!(forwarded(&mut world, 0, WEB));
@@ -186,11 +174,14 @@ fn the_netvm_goes_and_another_one_comes_with_every_key_rewritten() {
         assert!(!forwarded(&mut world, 2, WEB));
     }
     let after = world.held();
-    assert_eq!((before.vm, before.watches, before.owned), (after.vm, after.watches, after.owned));
+    assert_eq!(
+        (before.vm, before.watches, before.owned),
+        (after.vm, after.watches, after.owned)
+    );
 }
 
 #[test]
-fn a_firewall_without_a_netvm_answers_calls_and_serves_vifs() {
+fn q12_a_firewall_without_a_netvm_answers_calls_and_serves_vifs() {
     let mut world = World::qubes();
     for (path, value) in [
         ("/name", "fw"),
@@ -205,18 +196,8 @@ fn a_firewall_without_a_netvm_answers_calls_and_serves_vifs() {
     assert_eq!(shut_down(&mut world), Some(Shutdown::Poweroff));
 }
 
-/// Asks for the end and waits for it; the acknowledgement must be there.
-fn shut_down(world: &mut World) -> Option<Shutdown> {
-    world.store.write("/local/domain/7/control/shutdown", "poweroff");
-    let took = world.until("end", SECOND, |world| world.ended.is_some());
-    assert!(took < Duration::from_millis(10), "{took:?}");
-    let node = world.store.read("/local/domain/7/control/shutdown");
-    assert_eq!(node.as_deref(), Some(""), "not acknowledged");
-    world.ended
-}
-
 #[test]
-fn a_shutdown_at_any_point_of_boot_is_acknowledged_at_once() {
+fn l2_a_shutdown_at_any_point_of_boot_is_acknowledged_at_once() {
     let mut points = 0;
     for ticks in 0..120 {
         let mut world = World::configured();
@@ -227,18 +208,26 @@ fn a_shutdown_at_any_point_of_boot_is_acknowledged_at_once() {
         // Half a millisecond in which nothing else happens shows nothing new.
         world.ticks(ticks);
         let steps = world.steps;
-        assert_eq!(shut_down(&mut world), Some(Shutdown::Poweroff), "{ticks} ticks");
+        assert_eq!(
+            shut_down(&mut world),
+            Some(Shutdown::Poweroff),
+            "{ticks} ticks"
+        );
         points = points.max(steps);
     }
     println!("asked after each of the first {points} steps of the kernel");
 }
 
 #[test]
-fn a_shutdown_at_any_point_without_qubesdb_or_netvm_is_acknowledged_at_once() {
+fn l2_a_shutdown_at_any_point_without_qubesdb_or_netvm_is_acknowledged_at_once() {
     for ticks in (0..60).chain([1_000, 40_000]) {
         let mut world = World::plain();
         world.ticks(ticks);
-        assert_eq!(shut_down(&mut world), Some(Shutdown::Poweroff), "{ticks} ticks");
+        assert_eq!(
+            shut_down(&mut world),
+            Some(Shutdown::Poweroff),
+            "{ticks} ticks"
+        );
     }
 }
 
@@ -281,24 +270,27 @@ fn the_life_of_a_firewall_holds_for_the_whole_kernel() {
 }
 
 #[test]
-fn three_hundred_calls_in_sequence_and_twenty_at_once_leave_nothing() {
+fn r1_three_hundred_calls_in_sequence_and_twenty_at_once_leave_nothing() {
     let mut world = running();
     world.run("call 0 user:status\nsleep 3000");
     let before = world.held();
     world.run("limit 300000\nsequence 300 0 user:status\nparallel 20 0 user:status\nsleep 3000");
     assert_eq!(world.held(), before);
-    println!("300 + 20 calls: {:?}, {} watches, {} nodes", before.vm, before.watches, before.owned);
+    println!(
+        "300 + 20 calls: {:?}, {} watches, {} nodes",
+        before.vm, before.watches, before.owned
+    );
 }
 
 #[test]
-fn eight_mebibytes_of_input_pass_and_stop_nothing_else() {
+fn r8_eight_mebibytes_of_input_pass_and_stop_nothing_else() {
     let mut world = running();
     world.run("limit 120000\ncall 0 open:8388608 user:status\ncall 127 closed:8388608 user:QUBESRPC qubes.VMShell dom0");
     assert!(forwarded(&mut world, 0, WEB));
 }
 
 #[test]
-fn qubesdb_goes_and_comes_back_and_the_rules_stay() {
+fn q4_qubesdb_goes_and_comes_back_and_the_rules_stay() {
     let mut world = running();
     let before = world.held();
     for _ in 0..10 {
@@ -306,7 +298,8 @@ fn qubesdb_goes_and_comes_back_and_the_rules_stay() {
         dom0.qubesdb.disconnect(&mut world.channels);
         assert!(forwarded(&mut world, 0, WEB));
         assert!(!forwarded(&mut world, 2, WEB));
-        world.run("limit 15000\nwait synced\nwait acknowledged\ncall 0 user:status\nexpect qubesdb");
+        world
+            .run("limit 15000\nwait synced\nwait acknowledged\ncall 0 user:status\nexpect qubesdb");
         assert!(forwarded(&mut world, 0, WEB));
         assert!(!forwarded(&mut world, 2, WEB));
     }
@@ -315,7 +308,7 @@ fn qubesdb_goes_and_comes_back_and_the_rules_stay() {
 }
 
 #[test]
-fn qrexec_goes_and_comes_back() {
+fn r5_qrexec_goes_and_comes_back() {
     let mut world = running();
     let before = world.held();
     for _ in 0..10 {
@@ -327,12 +320,16 @@ fn qrexec_goes_and_comes_back() {
 }
 
 #[test]
-fn a_thousand_clients_that_come_and_go_leave_nothing() {
+fn l7_a_thousand_clients_that_come_and_go_leave_nothing() {
     let mut world = running();
-    world.run("client 10.137.0.12 10.137.0.5\nrules 10.137.0.12\n  0000 action=accept\nwait acknowledged");
+    world.run(
+        "client 10.137.0.12 10.137.0.5\nrules 10.137.0.12\n  0000 action=accept\nwait acknowledged",
+    );
     world.connect_client(DomId(12), "10.137.0.12");
     world.remove_client();
     let before = world.held();
+    // A cycle is mostly waiting.
+    world.tick = Duration::from_millis(2);
     for round in 0..1000 {
         // dom0 never gives a domain id twice.
         let index = world.connect_client(DomId(100 + round), "10.137.0.12");
@@ -362,5 +359,8 @@ fn an_idle_firewall_sleeps() {
     world.ticks(60_000);
     let (steps, requests) = (world.steps - steps, world.store.requests(VM) - requests);
     println!("a minute of nothing: {steps} steps, {requests} requests to xenstore");
-    assert!(steps < 100 && requests == 0, "{steps} steps, {requests} requests");
+    assert!(
+        steps < 100 && requests == 0,
+        "{steps} steps, {requests} requests"
+    );
 }

@@ -54,12 +54,13 @@ pub enum ControlEvent {
 
 /// The task that follows `control/`. Never ends.
 pub(crate) async fn run(store: Store) {
-    introduce(&store).await;
+    // Before anything else: without it dom0 of Qubes OS does not even ask for the end.
     for feature in ["control/feature-poweroff", "control/feature-reboot"] {
         if let Err(reason) = store.write(feature, b"1").await {
             error!("{feature}: cannot write: {reason}");
         }
     }
+    introduce(&store).await;
     let shutdown = watch(&store, SHUTDOWN).await;
     let sysrq = watch(&store, SYSRQ).await;
     loop {

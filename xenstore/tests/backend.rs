@@ -130,7 +130,7 @@ fn the_frontend_cannot_say_who_it_is() {
 }
 
 #[test]
-fn state_2_is_held_for_the_toolstack_when_the_frontend_is_fast() {
+fn l8_state_2_is_held_for_the_toolstack_when_the_frontend_is_fast() {
     let (mut bench, vif, frontend) = attached();
     frontend.connect();
     bench.pass_millis(90);
@@ -526,7 +526,7 @@ fn a_client_that_shuts_down_from_inside_is_removed_after_it_closed() {
 }
 
 #[test]
-fn b34_a_destroyed_client_is_unmapped_and_removed_at_once() {
+fn b34_l13_a_destroyed_client_is_unmapped_and_removed_at_once() {
     let (mut bench, vif, _) = connected();
     bench.toolstack.destroy_frontend(&vif);
     bench.store.destroy(vif.frontend);

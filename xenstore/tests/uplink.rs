@@ -501,7 +501,7 @@ fn f18_a_netvm_that_is_replaced_a_hundred_times_leaks_nothing() {
 }
 
 #[test]
-fn an_unusable_device_is_waited_for_until_it_is_usable() {
+fn l12_an_unusable_device_is_waited_for_until_it_is_usable() {
     let mut bench = Bench::uplink();
     let vif = VifConfig::new(NETVM, SELF, 0);
     bench.toolstack.attach(&vif);

@@ -40,9 +40,12 @@ pub fn datagram(
     frame
 }
 
+/// Address and port.
+pub type Place = ([u8; 4], u16);
+
 /// Source and destination of a UDP datagram in a frame, and its payload; `None` if it is something else.
 #[must_use]
-pub fn parts(frame: &[u8]) -> Option<(([u8; 4], u16), ([u8; 4], u16), Vec<u8>)> {
+pub fn parts(frame: &[u8]) -> Option<(Place, Place, Vec<u8>)> {
     let packet = etherparse::SlicedPacket::from_ethernet(frame).ok()?;
     let etherparse::NetSlice::Ipv4(ip) = packet.net? else {
         return None;
@@ -67,6 +70,8 @@ pub struct NetvmSide {
     rings: Option<Netvm>,
     taken: Vec<Taken>,
     leaving: bool,
+    /// Takes nothing and answers nothing, as a netvm that hangs.
+    pub stalled: bool,
 }
 
 impl NetvmSide {
@@ -86,6 +91,7 @@ impl NetvmSide {
             rings: None,
             taken: Vec::new(),
             leaving: false,
+            stalled: false,
         }
     }
 
@@ -118,6 +124,9 @@ impl NetvmSide {
 
     /// Connects and disconnects as the VM does, and takes its frames.
     pub fn poll(&mut self, machine: &FakeMachine) {
+        if self.stalled {
+            return;
+        }
         let state = self.backend.frontend("state").unwrap_or_default();
         match (state.as_str(), &mut self.rings) {
             ("4", None) if !self.leaving => {
@@ -130,7 +139,8 @@ impl NetvmSide {
                 self.backend.set_state(4);
             }
             ("4", Some(rings)) => {
-                if rings.was_notified() {
+                let notified = rings.was_notified();
+                if notified {
                     self.taken.extend(rings.take());
                     rings.answer_all();
                 }
@@ -142,6 +152,14 @@ impl NetvmSide {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Looks at the rings again after [`NetvmSide::stalled`].
+    pub fn wake(&mut self) {
+        if let Some(rings) = &mut self.rings {
+            self.taken.extend(rings.take());
+            rings.answer_all();
         }
     }
 
@@ -165,6 +183,8 @@ pub struct ClientSide {
     rings: Option<Client>,
     received: Vec<Received>,
     leaving: bool,
+    /// Does nothing at all, as a frontend without a driver.
+    pub idle: bool,
 }
 
 impl ClientSide {
@@ -182,6 +202,7 @@ impl ClientSide {
             rings: None,
             received: Vec::new(),
             leaving: false,
+            idle: false,
         }
     }
 
@@ -221,6 +242,9 @@ impl ClientSide {
 
     /// Connects and disconnects as the VM does, and takes its frames.
     pub fn poll(&mut self, machine: &FakeMachine) {
+        if self.idle {
+            return;
+        }
         let state = self.frontend.backend_state().unwrap_or_default();
         match (state.as_str(), &mut self.rings) {
             ("2", None) if !self.leaving => {
@@ -246,6 +270,7 @@ impl ClientSide {
                     self.received.extend(rings.receive());
                 }
             }
+            ("5", Some(_)) => self.frontend.set_state(6),
             ("6" | "", _) => {
                 if let Some(rings) = self.rings.take() {
                     rings.close();
@@ -256,6 +281,11 @@ impl ClientSide {
             }
             _ => {}
         }
+    }
+
+    /// The rings, to misuse them.
+    pub fn rings(&mut self) -> &mut Client {
+        self.rings.as_mut().expect("no vif")
     }
 
     /// Frames received so far.

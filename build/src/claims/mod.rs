@@ -81,6 +81,7 @@ pub const QUBES: &[Claim] = &[
     qubes::CALLS,
     qubes::CHANNELS_LOST,
     qubes::DAEMONS_RESTARTED,
+    soak::SOAK,
     qubes::SHUTDOWN,
     qubes::TIMES,
 ];

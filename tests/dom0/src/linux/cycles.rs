@@ -19,7 +19,7 @@ use super::xenstore::Xenstore;
 /// How long the backend may take for any step, as libxl has it.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often to look; oftener, looking itself would need the processor that everybody shares.
-const LOOK: Duration = Duration::from_millis(10);
+const LOOK: Duration = Duration::from_millis(25);
 /// The first device number: far from those that `xl` gives.
 const FIRST_HANDLE: u32 = 900;
 /// Clients at once: each waits most of the time.

@@ -21,6 +21,7 @@
 //! As in `firewall` and in [`crate::settings`], whose bounds hold here, too.
 
 use alloc::collections::VecDeque;
+use alloc::string::String;
 use alloc::vec::Vec;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -341,6 +342,12 @@ impl Filter {
             }
         }
         None
+    }
+
+    /// Whose rules were refused and why; nothing while all are in force.
+    #[must_use]
+    pub fn refusal(&self) -> String {
+        self.settings.refusal()
     }
 
     /// Whether [`Filter::next_report`] has something to say.

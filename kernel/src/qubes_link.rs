@@ -10,7 +10,7 @@
 //! after a bounded number of messages, and nothing here waits. Requests to xenstore are bounded by
 //! [`qubes::vchan::channels::REQUESTS_MAX`].
 
-use alloc::string::ToString;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use firewall::Time as FilterTime;
@@ -28,6 +28,8 @@ use crate::snapshot::Counter;
 
 /// Reports to QubesDB in one iteration.
 const REPORTS_PER_STEP: usize = 16;
+/// Where dom0's tools look for what is wrong with the rules; dom0 writes it empty before our start.
+const ERROR_KEY: &str = "/qubes-iptables-error";
 
 /// QubesDB and qrexec over vchan.
 #[derive(Debug)]
@@ -37,6 +39,8 @@ pub struct QubesLink {
     agent: Agent<Channel>,
     /// The first dump of this boot was whole.
     complete: bool,
+    /// What [`ERROR_KEY`] says.
+    told: String,
     /// What the last polls want next.
     wishes: [Activity; 2],
 }
@@ -57,6 +61,7 @@ impl QubesLink {
             database: Link::new(),
             agent: Agent::new(),
             complete: false,
+            told: String::new(),
             wishes: [Activity::again(), Activity::default()],
         }
     }
@@ -102,6 +107,15 @@ impl QubesLink {
     fn report(&mut self, filter: &mut Filter) {
         if !self.can_report() {
             return;
+        }
+        if filter.has_report() {
+            let refusal = filter.refusal();
+            let client = self.database.client();
+            // A change of our netvm makes dom0 empty the key, and commit all rules again: a refusal is told again then.
+            let news = !refusal.is_empty() || !self.told.is_empty();
+            if news && client.write(ERROR_KEY, refusal.as_bytes()).is_ok() {
+                self.told = refusal;
+            }
         }
         for _ in 0..REPORTS_PER_STEP {
             let Some(report) = filter.next_report() else {

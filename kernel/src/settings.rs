@@ -590,6 +590,23 @@ impl Settings {
         })
     }
 
+    /// What `/qubes-iptables-error` says: nothing while all rules are understood, else which client's are not and why, and
+    /// how many more there are.
+    #[must_use]
+    pub fn refusal(&self) -> String {
+        let mut refused = self
+            .live
+            .iter()
+            .filter_map(|(address, live)| Some((address, live.refused.as_ref()?)));
+        let Some((address, reason)) = refused.next() else {
+            return String::new();
+        };
+        match refused.count() {
+            0 => alloc::format!("rules of {address}: {reason}"),
+            more => alloc::format!("rules of {address}: {reason} (and of {more} more)"),
+        }
+    }
+
     /// The rules in force, of all clients or of one.
     #[must_use]
     pub fn rules(&self, client: Option<IpAddr>, resolver: &Resolver) -> Vec<Rules> {

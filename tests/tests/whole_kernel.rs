@@ -148,10 +148,22 @@ fn a_rule_set_that_makes_no_sense_drops_everything_of_its_client_alone() {
     );
     assert!(!forwarded(&mut world, 0, WEB));
     assert!(forwarded(&mut world, 1, WEB));
+    let told = |world: &mut World| {
+        let value = world.dom0().qubesdb.get("/qubes-iptables-error").unwrap();
+        String::from_utf8(value.to_vec()).unwrap()
+    };
+    let error = told(&mut world);
+    println!("{error}");
+    assert!(error.starts_with("rules of 10.137.0.9: "), "{error}");
+    // A change of the netvm empties the key.
+    world.dom0().qubesdb.write("/qubes-iptables-error", b"");
+    world.run("rewrite\nwait key /qubes-firewall-handled/10.137.0.9 3\nwait acknowledged");
+    assert_eq!(told(&mut world), error);
     world.run(
-        "rules 10.137.0.9\n  0000 action=accept\nwait key /qubes-firewall-handled/10.137.0.9 3",
+        "rules 10.137.0.9\n  0000 action=accept\nwait key /qubes-firewall-handled/10.137.0.9 4",
     );
     assert!(forwarded(&mut world, 0, WEB));
+    assert_eq!(told(&mut world), "");
 }
 
 #[test]

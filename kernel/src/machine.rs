@@ -32,6 +32,8 @@ use crate::terminal::Terminal;
 
 /// Flows and fragments that may be expired in one iteration.
 const EXPIRIES_PER_ITERATION: u32 = 64;
+/// How long we wait for a source of settings before calls are served without one.
+const LONELY: Duration = Duration::from_secs(3);
 /// The longest sleep, so that counters and clocks are looked at now and then.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
@@ -253,8 +255,11 @@ impl Firewall {
         if found && self.source == Source::Open {
             self.decide(Source::QubesDb);
         }
-        // Calls only once vifs are served: dom0 takes our greeting as the end of our start.
-        if self.source == Source::QubesDb && self.ready.is_some() {
+        // Calls only once vifs are served: dom0 takes our greeting as the end of our start. Without any source for a while
+        // calls are served, too: dom0 may lack QubesDB and still kill a qube that does not greet it.
+        let waited = now.since(self.setup.started) >= LONELY;
+        let is_qubes = self.source == Source::QubesDb || waited;
+        if is_qubes && self.ready.is_some() {
             let machine = MachineView::of(hv);
             let mut operator = Operator {
                 firewall: self,

@@ -2,7 +2,7 @@
 //!
 //! Decided once, by who is there first: dom0's QubesDB daemon offers its channel before a qube's first instruction runs, and
 //! plain Xen has no such channel but nodes below our `vm-data`, which Qubes OS does not make. `config=qubesdb` or
-//! `config=xenstore` on the kernel command line decides without looking.
+//! `config=xenstore` on the kernel command line decides without looking; with the latter no calls of Qubes OS are served either.
 
 /// Where the settings come from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

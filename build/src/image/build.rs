@@ -36,13 +36,15 @@ const COMPILE: [&str; 6] = [
 ];
 
 /// Arguments for the linker, beside its script.
-const LINK: [&str; 6] = [
+const LINK: [&str; 7] = [
     "-static",
     "--no-dynamic-linker",
     "--build-id=none",
     "--orphan-handling=error",
     "--fatal-warnings",
     "-znorelro",
+    // One copy of functions that are the same code. Nothing compares the addresses of functions.
+    "--icf=all",
 ];
 
 /// Builds the image and returns the linked file, symbols and line tables included.

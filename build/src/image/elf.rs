@@ -3,6 +3,8 @@
 //! The linker script asserts most of this for itself; here it is checked again on the result, since Xen's domain builder
 //! reads nothing but this: program headers, entry and note.
 
+use std::ops::Range;
+
 use anyhow::{Context as _, Result, bail, ensure};
 use object::LittleEndian;
 use object::elf::{
@@ -11,16 +13,22 @@ use object::elf::{
 use object::read::elf::{FileHeader as _, ProgramHeader as _};
 
 /// Where the image is linked to, and the end of what page tables describe page by page.
-const PLACE: std::ops::Range<u64> = 0x10_0000..0x20_0000;
+const PLACE: Range<u64> = 0x10_0000..0x20_0000;
 /// Bytes of a page.
 const PAGE: u64 = 4096;
 /// Note type of the PVH entry (`XEN_ELFNOTE_PHYS32_ENTRY`).
 const PHYS32_ENTRY: NoteType = NoteType(18);
 
-/// Bytes of the file header, and where its fields about sections stand.
+/// Bytes of the file header, and where its fields about other headers stand.
 const HEADER_BYTES: usize = 64;
-const SECTION_TABLE_OFFSET: std::ops::Range<usize> = 40..48;
-const SECTION_TABLE_SHAPE: std::ops::Range<usize> = 58..64;
+const PROGRAM_TABLE_OFFSET: usize = 32;
+const SECTION_TABLE_OFFSET: usize = 40;
+const SECTION_TABLE_SHAPE: Range<usize> = 58..64;
+/// Where a program header says where its segment is in the file, and of what that and the address are a multiple.
+const SEGMENT_OFFSET: usize = 8;
+const SEGMENT_ALIGNMENT: usize = 48;
+/// Of how many bytes the place of every segment in a finished image is a multiple.
+const ALIGNMENT: usize = 16;
 
 const E: LittleEndian = LittleEndian;
 
@@ -110,7 +118,7 @@ fn check_place(segment: &ProgramHeader64<LittleEndian>, end: &mut u64) -> Result
         "a segment has two addresses; every address must map to itself"
     );
     ensure!(
-        start.is_multiple_of(PAGE) && segment.p_offset(E).is_multiple_of(PAGE),
+        start.is_multiple_of(PAGE),
         "the segment at {start:#x} does not start with a page"
     );
     ensure!(
@@ -148,28 +156,66 @@ fn entries(segment: &ProgramHeader64<LittleEndian>, file: &[u8]) -> Result<Vec<u
     Ok(found)
 }
 
-/// Cuts a linked image off behind its last segment: no symbols, no debug information, no sections.
+/// Cuts the image out of a linked file: its headers and what its segments hold, close together. No symbols, no debug
+/// information, no sections.
+///
+/// A linker keeps every segment in pages of its own in the file too, for systems that map files. Xen's domain builder
+/// copies, so what fills those pages up would only make the file longer.
 ///
 /// # Errors
 ///
 /// If the file is not what [`examine`] takes.
 pub fn cut(linked: &[u8]) -> Result<Vec<u8>> {
-    let mut end = u64::try_from(HEADER_BYTES)?;
-    for segment in program_headers(linked)? {
-        let segment_end = segment.p_offset(E).checked_add(segment.p_filesz(E));
-        end = end.max(segment_end.context("a segment ends beyond the address space")?);
-    }
+    let segments = program_headers(linked)?;
+    let headers = HEADER_BYTES + size_of_val(segments);
     let mut file = linked
-        .get(..usize::try_from(end)?)
-        .context("a segment ends beyond the file")?
+        .get(..headers)
+        .context("the file is shorter than its headers")?
         .to_vec();
-    for fields in [SECTION_TABLE_OFFSET, SECTION_TABLE_SHAPE] {
-        file.get_mut(fields)
-            .context("the file is shorter than its header")?
-            .fill(0);
+    put(&mut file, PROGRAM_TABLE_OFFSET, HEADER_BYTES)?;
+    put(&mut file, SECTION_TABLE_OFFSET, 0)?;
+    file.get_mut(SECTION_TABLE_SHAPE)
+        .context("the file is shorter than its header")?
+        .fill(0);
+
+    // Where segments that are loaded lay, and how far they moved towards the front. They come before the note.
+    let mut moved: Vec<(Range<u64>, u64)> = Vec::new();
+    for (index, segment) in segments.iter().enumerate() {
+        let old = segment.p_offset(E);
+        let bytes = segment
+            .data(E, linked)
+            .ok()
+            .context("a segment ends beyond the file")?;
+        if segment.p_type(E) == PT_LOAD {
+            file.resize(file.len().next_multiple_of(ALIGNMENT), 0);
+            let distance = old.checked_sub(u64::try_from(file.len())?);
+            let distance = distance.context("the segments of the file are not in order")?;
+            moved.push((old..old.saturating_add(segment.p_filesz(E)), distance));
+            file.extend(bytes);
+        }
+        let (_, distance) = moved
+            .iter()
+            .find(|(place, _)| place.contains(&old))
+            .context("a note is in no segment that is loaded, or a segment is empty")?;
+        let header = HEADER_BYTES + index * size_of_val(segment);
+        put(
+            &mut file,
+            header + SEGMENT_OFFSET,
+            usize::try_from(old - distance)?,
+        )?;
+        if segment.p_type(E) == PT_LOAD {
+            put(&mut file, header + SEGMENT_ALIGNMENT, ALIGNMENT)?;
+        }
     }
     examine(&file)?;
     Ok(file)
+}
+
+/// Overwrites a field of eight bytes in a header.
+fn put(file: &mut [u8], at: usize, value: usize) -> Result<()> {
+    let field = file.get_mut(at..).and_then(<[u8]>::first_chunk_mut);
+    *field.context("a header ends early")? = u64::try_from(value)?.to_le_bytes();
+    Ok(())
 }
 
 #[cfg(test)]
@@ -285,15 +331,29 @@ mod tests {
     }
 
     #[test]
-    fn an_image_is_cut_behind_its_last_segment() {
+    fn a_cut_image_holds_the_segments_close_together_and_nothing_else() {
         let linked = file(&GOOD);
         let image = cut(&linked).unwrap();
-        assert_eq!(image.len(), 0x4010);
+        // Four program headers; segments of 0x1800, 0x100 and 0x10 bytes.
+        assert_eq!(image.len(), 0x120 + 0x1800 + 0x100 + 0x10);
         assert_eq!(examine(&image).unwrap(), examine(&linked).unwrap());
-        assert_eq!(image[0x40..], linked[0x40..0x4010]);
+        assert_eq!(image[0x120..0x1920], linked[0x1000..0x2800]);
+        assert_eq!(image[0x1920..0x1A20], linked[0x3000..0x3100]);
+        assert_eq!(image[0x1A20..], linked[0x4000..0x4010]);
         assert_eq!(image[40..48], [0; 8], "no section table");
         assert_eq!(image[60..64], [0; 4], "no sections, no names");
         assert_eq!(cut(&image).unwrap(), image);
+        for (old, new) in program_headers(&linked)
+            .unwrap()
+            .iter()
+            .zip(program_headers(&image).unwrap())
+        {
+            assert_eq!(old.data(E, &*linked), new.data(E, &*image));
+            assert_eq!(
+                new.p_offset(E) % new.p_align(E),
+                new.p_vaddr(E) % new.p_align(E)
+            );
+        }
     }
 
     #[test]

@@ -107,7 +107,6 @@ impl Devices {
                 if let Some(client) = self.clients.remove(&device) {
                     data.filter.detach_client(client.id);
                     data.disconnect_client(hv, client.id);
-                    log::info!("{device}: disconnected");
                 }
             }
         }

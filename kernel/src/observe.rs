@@ -27,11 +27,18 @@ pub(crate) const UNRESOLVED: &str = "resolver.unresolved";
 macro_rules! named {
     ($prefix:literal, $counters:expr, { $($name:literal: $($field:ident).+,)* }) => {{
         let counters = $counters;
-        Vec::from([$(Counter {
-            name: Cow::Borrowed(concat!($prefix, $name)),
-            value: counters.$($field).+,
-        }),*])
+        list(&[$(concat!($prefix, $name)),*], &[$(counters.$($field).+),*])
     }};
+}
+
+/// Names and values as counters. Not inlined: there are more than a hundred.
+#[inline(never)]
+fn list(names: &[&'static str], values: &[u64]) -> Vec<Counter> {
+    let counter = |(name, value): (&&'static str, &u64)| Counter {
+        name: Cow::Borrowed(*name),
+        value: *value,
+    };
+    names.iter().zip(values).map(counter).collect()
 }
 
 /// The hypervisor interface's counters.

@@ -30,9 +30,10 @@ const COMPILE: [&str; 7] = [
     "-Ctarget-feature=+crt-static",
     // An exception pushes below the stack pointer.
     "-Cno-redzone=yes",
-    // For size, about 23 KB together: instructions that occur often in a row become functions; and what is called once is not
-    // always merged into its caller, since in a function with a large frame each access to the stack is longer.
-    "-Cllvm-args=-enable-machine-outliner=always -inline-max-stacksize=192",
+    // For size, about 27 KB together: instructions that occur often in a row become functions; what is called once is not
+    // always merged into its caller, since in a function with a large frame each access to the stack is longer; and only
+    // what is tiny, or marked, is merged into many (the ways of packets are marked).
+    "-Cllvm-args=-enable-machine-outliner=always -inline-max-stacksize=192 -inline-threshold=10",
     // The linker that comes with the compiler, without a C compiler around it.
     "-Clinker=rust-lld",
     "-Clinker-flavor=ld.lld",

@@ -21,7 +21,7 @@ use crate::screen::{BOLD, Screen, paint};
 use crate::workspace::{Workspace, file_sha256, remove_folder};
 
 /// The largest file, in bytes.
-pub const MOST_BYTES: u64 = 640 * 1024;
+pub const MOST_BYTES: u64 = 512 * 1024;
 
 /// Arguments of `cargo xtask image`.
 #[derive(Debug, Args)]

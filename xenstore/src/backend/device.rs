@@ -383,7 +383,6 @@ impl Vif {
         self.write_state(XenbusState::Connected).await?;
         let _ = courtesy.await;
         self.cell.status.borrow_mut().trouble = None;
-        self.say(|device| info!("{device}: connected"));
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use super::{Claim, PROBE, clients, must};
+use super::{Claim, PROBE, clients, must, ping};
 use crate::lab::internet::WEB;
 use crate::lab::link::{Job, Progress};
 use crate::lab::topology::ClientSpec;
@@ -55,13 +55,6 @@ impl Flow {
     fn stop(self) -> Result<()> {
         self.job.kill()
     }
-}
-
-fn ping(world: &LabWorld, client: &str) -> Result<()> {
-    let output = world.run(client, &format!("ping -c 1 -W 10 {WEB}"), PROBE)?;
-    must(output.is_success(), || {
-        format!("{client} cannot ping: {}", output.stdout)
-    })
 }
 
 /// A client leaves and returns, another is created, and nobody notices.

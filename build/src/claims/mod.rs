@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::lab::internet::WEB;
 use crate::lab::world::LabWorld;
 
 /// How long a probe in a guest may take, on the reference machine.
@@ -109,6 +110,14 @@ pub fn must(so: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
     } else {
         Err(NotSo(otherwise()).into())
     }
+}
+
+/// One echo through the firewall and back.
+fn ping(world: &LabWorld, client: &str) -> Result<()> {
+    let output = world.run(client, &format!("ping -c 1 -W 10 {WEB}"), PROBE)?;
+    must(output.is_success(), || {
+        format!("{client} cannot ping: {}", output.stdout)
+    })
 }
 
 /// The names of all clients, in order.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use super::{Claim, PROBE, TRANSFER, clients, must};
+use super::{Claim, PROBE, TRANSFER, clients, must, ping};
 use crate::lab::internet::{BLOCKED, ECHO, ECHO_PORT, WEB};
 use crate::lab::topology::{ClientSpec, FIREWALL, FirewallKind, FirewallSpec};
 use crate::lab::world::LabWorld;
@@ -42,13 +42,6 @@ fn becomes(world: &LabWorld, client: &str, address: Ipv4Addr, wanted: bool) -> R
         })?;
     }
     Ok(())
-}
-
-fn ping(world: &LabWorld, client: &str) -> Result<()> {
-    let output = world.run(client, &format!("ping -c 1 -W 10 {WEB}"), PROBE)?;
-    must(output.is_success(), || {
-        format!("{client} cannot ping: {}", output.stdout)
-    })
 }
 
 /// The firewall starts as in Qubes OS.

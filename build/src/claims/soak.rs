@@ -5,9 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use super::{Claim, PROBE, must};
+use super::{Claim, PROBE, must, ping};
 use crate::lab::double::Double;
-use crate::lab::internet::WEB;
 use crate::lab::topology::FIREWALL;
 use crate::lab::world::{LabWorld, quote};
 use crate::observe::snapshot;
@@ -126,10 +125,7 @@ fn soak(world: &mut LabWorld) -> Result<Vec<String>> {
         || format!("before {before:?}, after {after:?}"),
     )?;
     for client in ["c1", "c2"] {
-        let ping = world.run(client, &format!("ping -c 1 -W 10 {WEB}"), PROBE)?;
-        must(ping.is_success(), || {
-            format!("{client} cannot ping afterwards")
-        })?;
+        ping(world, client)?;
     }
     Ok(vec![
         format!(

@@ -228,9 +228,9 @@ impl<C: ByteStream> Outgoing<C> {
                         Progress::Going(Activity::at(Some(*until)))
                     };
                 }
-                let placeholder = State::Asked { until: now };
+                let meanwhile = State::Asked { until: now };
                 if let State::Opening { channel, .. } =
-                    core::mem::replace(&mut self.state, placeholder)
+                    core::mem::replace(&mut self.state, meanwhile)
                 {
                     let until = now.plus(SILENCE);
                     self.state = State::Talking { channel, until };

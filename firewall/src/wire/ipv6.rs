@@ -75,7 +75,8 @@ fn walk(payload: &[u8], network: &mut Network<V6>) -> Result<usize, DropReason> 
     let mut at = 0;
     // Offset of the field that names the header at `at`, from the start of the fixed header.
     let mut named_at = 6_u16;
-    for _ in 0..MAX_EXTENSIONS {
+    // Once more than there may be headers: for what stands behind the last one.
+    for _ in 0..=MAX_EXTENSIONS {
         let len = match network.protocol {
             protocol::HOP_BY_HOP if at != 0 => break,
             protocol::HOP_BY_HOP | protocol::DESTINATION_OPTIONS | protocol::ROUTING => {
@@ -83,7 +84,13 @@ fn walk(payload: &[u8], network: &mut Network<V6>) -> Result<usize, DropReason> 
                 if network.protocol == protocol::ROUTING && header[3] != 0 {
                     network.source_routed = true;
                 }
-                8 + usize::from(header[1]) * 8
+                let len = 8 + usize::from(header[1]) * 8;
+                if network.protocol == protocol::HOP_BY_HOP
+                    && !may_pass(payload.get(2..len).unwrap_or_default())
+                {
+                    return Err(DropReason::MalformedIpv6);
+                }
+                len
             }
             protocol::AUTHENTICATION => 8 + usize::from(first(payload, at)?[1]) * 4,
             protocol::FRAGMENT => {
@@ -119,6 +126,23 @@ fn walk(payload: &[u8], network: &mut Network<V6>) -> Result<usize, DropReason> 
     Ok(at)
 }
 
+/// Whether a router may pass on a packet with these hop-by-hop options: all are whole, and none says that whoever
+/// does not know it must not (RFC 8200 4.2). We know none of those, as Linux does not; jumbograms have one.
+fn may_pass(mut options: &[u8]) -> bool {
+    while let Some((kind, rest)) = options.split_first() {
+        let len = match (*kind, rest.split_first()) {
+            (0, _) => 0,
+            (1..=0x3f, Some((len, _))) => 1 + usize::from(*len),
+            _ => return false,
+        };
+        let Some(rest) = rest.get(len..) else {
+            return false;
+        };
+        options = rest;
+    }
+    true
+}
+
 /// The first eight bytes of the extension header at `at`.
 fn first(payload: &[u8], at: usize) -> Result<&[u8; 8], DropReason> {
     payload
@@ -141,7 +165,7 @@ fn offset_from_header(at: usize) -> Result<u16, DropReason> {
 pub(crate) fn upper_layer(next: u8, payload: &[u8]) -> Option<(u8, usize)> {
     let mut number = next;
     let mut at = 0;
-    for _ in 0..MAX_EXTENSIONS {
+    for _ in 0..=MAX_EXTENSIONS {
         let len = match number {
             protocol::HOP_BY_HOP | protocol::DESTINATION_OPTIONS | protocol::ROUTING => {
                 8 + usize::from(first(payload, at).ok()?[1]) * 8
@@ -239,6 +263,40 @@ mod tests {
                 .unwrap()
                 .source_routed
         );
+    }
+
+    #[test]
+    fn eight_extension_headers_are_looked_behind_and_no_more() {
+        let mut payload = [60, 0, 1, 4, 0, 0, 0, 0].repeat(8);
+        payload[56] = 17;
+        let eight = network(60, &payload).unwrap();
+        assert_eq!((eight.protocol, eight.header_len), (17, 104));
+        assert!(!eight.opaque);
+        assert_eq!(upper_layer(60, &payload), Some((17, 64)));
+        let nine = [&[60, 0, 1, 4, 0, 0, 0, 0], &payload[..]].concat();
+        assert!(network(60, &nine).unwrap().opaque);
+        assert_eq!(upper_layer(60, &nine), None);
+    }
+
+    #[test]
+    fn hop_by_hop_options_that_must_not_pass_are_malformed() {
+        for (options, passes) in [
+            ([0, 0, 0, 0, 0, 0], true),
+            ([5, 2, 0, 0, 1, 0], true),
+            ([0x3e, 4, 0, 0, 0, 0], true),
+            ([0x5e, 4, 0, 0, 0, 0], false),
+            ([0x9e, 4, 0, 0, 0, 0], false),
+            ([0xde, 4, 0, 0, 0, 0], false),
+            // A jumbogram.
+            ([0xc2, 4, 0, 1, 0, 0], false),
+            ([1, 5, 0, 0, 0, 0], false),
+            ([1, 3, 0, 0, 0, 1], false),
+        ] {
+            let payload = [&[17, 0][..], &options, &[0; 8]].concat();
+            assert_eq!(network(0, &payload).is_ok(), passes, "{options:x?}");
+            // What is for the destination only is not ours to judge.
+            assert!(network(60, &payload).is_ok());
+        }
     }
 
     #[test]

@@ -94,11 +94,11 @@ pub(crate) fn without_flow<A: Local>(
             None => {}
         }
     }
-    // A12
-    if network.dst.is_group() {
+    // A12, also for what a resolver's key made of it
+    if destination.is_group() {
         return Verdict::Drop(DropReason::Multicast);
     }
-    if network.dst.is_martian() {
+    if destination.is_martian() {
         return Verdict::Drop(DropReason::MartianDestination);
     }
     if network.source_routed {

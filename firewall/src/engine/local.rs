@@ -190,6 +190,10 @@ pub(crate) fn arp(core: &mut Core, ingress: Iface, frame: &Frame<'_>) -> Verdict
 /// The cases of `qubes-policy.md` 3.6.
 fn answers_arp(core: &Core, ingress: Iface, request: &arp::Request) -> bool {
     let target = request.target;
+    // An announcement is no question.
+    if request.sender == target {
+        return false;
+    }
     let Iface::Client(ClientId(id)) = ingress else {
         return core.uplink.as_ref().and_then(V4::own) == Some(target);
     };
@@ -197,7 +201,9 @@ fn answers_arp(core: &Core, ingress: Iface, request: &arp::Request) -> bool {
         return false;
     };
     if let Some(fake) = vif.fake {
-        return target == fake.gateway && request.sender == fake.visible;
+        return target == fake.gateway
+            && request.sender == fake.visible
+            && request.sender_mac == vif.mac;
     }
     if target.is_group() || target.is_martian() || V4::list(vif).source(target).is_some() {
         return false;

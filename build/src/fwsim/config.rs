@@ -27,6 +27,9 @@ const VIFS: &str = "vifs";
 /// The folder of rule trees among the keys.
 const TREES: &str = "/qubes-firewall/";
 
+/// The key that shows that a folder holds all keys and not only those that change.
+const PROOF: &str = "/qubes-ip";
+
 /// The highest domain id that a client can have.
 const LAST_DOMID: u16 = 32_752;
 
@@ -232,6 +235,23 @@ impl Keys {
         events
     }
 
+    /// These keys after dom0 has written those in `change`: they alone, if [`PROOF`] is among them. That dom0 writes
+    /// at every start and never removes, so without it the others stay as they are.
+    #[must_use]
+    pub fn changed_by(&self, mut change: Self) -> Self {
+        if change.get(PROOF).is_none() {
+            for (key, value) in &self.plain {
+                let entry = change.plain.entry(key.clone());
+                entry.or_insert_with(|| value.clone());
+            }
+            for (address, tree) in &self.trees {
+                let entry = change.trees.entry(address.clone());
+                entry.or_insert_with(|| tree.clone());
+            }
+        }
+        change
+    }
+
     /// What a firewall is told when dom0 replaces these keys by `new`: keys that are gone removed, keys that are new or
     /// different written, trees that differ removed, written and committed. A tree that is gone is removed and not
     /// committed: the rules stay in force, as with QubesDB.
@@ -398,6 +418,27 @@ mod tests {
             "Ready",
         ];
         assert_eq!(told(&keys.dump()), expected);
+    }
+
+    #[test]
+    fn keys_without_our_address_are_only_those_that_change() {
+        let old = keys(&[
+            ("/qubes-ip", "10.137.0.6"),
+            ("/a", "1"),
+            ("/qubes-firewall/10.0.0.1/policy", "drop"),
+            ("/qubes-firewall/10.0.0.2/policy", "drop"),
+        ]);
+        let change = keys(&[("/a", "2"), ("/qubes-firewall/10.0.0.2/policy", "accept")]);
+        let expected = [
+            "/a=2",
+            "-/qubes-firewall/10.0.0.2/",
+            "/qubes-firewall/10.0.0.2/policy=accept",
+            "/qubes-firewall/10.0.0.2=",
+        ];
+        let new = old.changed_by(change);
+        assert_eq!(told(&old.changes(&new)), expected);
+        let all = keys(&[("/qubes-ip", "10.137.0.6")]);
+        assert_eq!(old.changed_by(all.clone()), all);
     }
 
     #[test]

@@ -59,8 +59,9 @@ pub struct FwsimArguments {
     /// Where IFACE.pcap is written for every interface; made if needed
     #[arg(long, value_name = "OUTDIR")]
     out: PathBuf,
-    /// At SECONDS after the first frame dom0 replaces all keys by those in DIR2/qubesdb/; may be repeated
-    #[arg(long, num_args = 2, value_names = ["SECONDS", "DIR2"], action = ArgAction::Append)]
+    /// At SECONDS after the first frame dom0 replaces all keys by those in DIR2/qubesdb/, or changes only
+    /// these if qubes-ip is not among them; may be repeated
+    #[arg(long, num_args = 2, value_names = ["SECONDS", "DIR2"], action = ArgAction::Append, allow_negative_numbers = true)]
     at: Vec<String>,
     /// All randomness comes from this number
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -122,6 +123,13 @@ pub fn replay<W: Write>(arguments: &FwsimArguments, out: W) -> Result<W> {
             "--at {}: beyond the times that captures can hold",
             seconds / 1_000_000_000
         );
+        if events.iter().all(|event| event.time() < time) {
+            anstream::eprintln!(
+                "note: --at {}: after the last frame; SECONDS count from the first one",
+                seconds / 1_000_000_000
+            );
+        }
+        let new = current.changed_by(new);
         all.push(Event::Change(time, current.changes(&new)));
         current = new;
     }

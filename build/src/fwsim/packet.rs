@@ -11,7 +11,10 @@
 use std::net::IpAddr;
 
 use etherparse::checksum::Sum16BitWords;
-use etherparse::{Ipv6ExtensionSlice, LaxNetSlice, LaxSlicedPacket, TransportSlice};
+use etherparse::{
+    EtherType, Ethernet2HeaderSlice, Ipv4HeaderSlice, Ipv6HeaderSlice, LaxNetSlice,
+    LaxSlicedPacket, TransportSlice,
+};
 use firewall::config::DEFAULT_MTU;
 use firewall::rule::Family;
 use firewall::{Checksum, Gso, GsoFamily};
@@ -76,53 +79,17 @@ impl Content {
     /// Looks into a frame.
     #[must_use]
     pub fn of(frame: &[u8]) -> Self {
-        let Ok(sliced) = LaxSlicedPacket::from_ethernet(frame) else {
+        let Ok(ethernet) = Ethernet2HeaderSlice::from_slice(frame) else {
             return Self::Other;
         };
-        let upper = sliced.transport.as_ref().map_or(Upper::Other, upper);
-        let (src, dst, fragment) = match sliced.net {
-            Some(LaxNetSlice::Arp(_)) => return Self::Arp,
-            None => return Self::Other,
-            Some(LaxNetSlice::Ipv4(ip)) => {
-                let header = ip.header();
-                let src = IpAddr::V4(header.source_addr());
-                let dst = IpAddr::V4(header.destination_addr());
-                let datagram = Datagram {
-                    src,
-                    dst,
-                    id: header.identification().into(),
-                    protocol: header.protocol().0,
-                };
-                (
-                    src,
-                    dst,
-                    header.is_fragmenting_payload().then_some(datagram),
-                )
-            }
-            Some(LaxNetSlice::Ipv6(ip)) => {
-                let header = ip.header();
-                let src = IpAddr::V6(header.source_addr());
-                let dst = IpAddr::V6(header.destination_addr());
-                let mut extensions = ip.extensions().clone().into_iter();
-                let id = extensions.find_map(|extension| match extension {
-                    Ipv6ExtensionSlice::Fragment(fragment) => Some(fragment.identification()),
-                    _ => None,
-                });
-                let datagram = id.map(|id| Datagram {
-                    src,
-                    dst,
-                    id,
-                    protocol: 0,
-                });
-                (src, dst, datagram)
-            }
+        let packet = frame.get(ethernet.slice().len()..).unwrap_or_default();
+        let packet = match ethernet.ether_type() {
+            EtherType::ARP => return Self::Arp,
+            EtherType::IPV4 => ipv4(packet),
+            EtherType::IPV6 => ipv6(packet),
+            _ => None,
         };
-        Self::Ip(Packet {
-            src,
-            dst,
-            upper,
-            fragment,
-        })
+        packet.map_or(Self::Other, Self::Ip)
     }
 
     /// The IP packet, if it is one.
@@ -150,24 +117,96 @@ impl Content {
     }
 }
 
-fn upper(transport: &TransportSlice<'_>) -> Upper {
-    let id = |is_query: bool, bytes: [u8; 4]| {
-        let [high, low, ..] = bytes;
-        is_query.then(|| u16::from_be_bytes([high, low]))
+fn ipv4(packet: &[u8]) -> Option<Packet> {
+    let header = Ipv4HeaderSlice::from_slice(packet).ok()?;
+    let src = IpAddr::V4(header.source_addr());
+    let dst = IpAddr::V4(header.destination_addr());
+    let datagram = Datagram {
+        src,
+        dst,
+        id: header.identification().into(),
+        protocol: header.protocol().0,
     };
-    match transport {
-        TransportSlice::Tcp(tcp) => Upper::Ports(tcp.source_port(), tcp.destination_port()),
-        TransportSlice::Udp(udp) => Upper::Ports(udp.source_port(), udp.destination_port()),
-        TransportSlice::Icmpv4(icmp) => {
-            let number = icmp.type_u8();
-            let is_query = matches!(number, 0 | 8 | 13..=18);
-            Upper::Icmp(number, icmp.code_u8(), id(is_query, icmp.bytes5to8()))
-        }
-        TransportSlice::Icmpv6(icmp) => {
-            let number = icmp.type_u8();
-            let is_query = matches!(number, 128 | 129);
-            Upper::Icmp(number, icmp.code_u8(), id(is_query, icmp.bytes5to8()))
-        }
+    let starts_transport = header.fragments_offset().value() == 0;
+    let end = usize::from(header.total_len()).min(packet.len());
+    let transport = packet.get(header.slice().len()..end).unwrap_or_default();
+    Some(Packet {
+        src,
+        dst,
+        upper: if starts_transport {
+            upper(header.protocol().0, transport)
+        } else {
+            Upper::Other
+        },
+        fragment: header.is_fragmenting_payload().then_some(datagram),
+    })
+}
+
+/// The number of the fragment header (RFC 8200 4.5).
+const FRAGMENT: u8 = 44;
+
+/// Extension headers are taken in any order, as the engine takes them.
+fn ipv6(packet: &[u8]) -> Option<Packet> {
+    let header = Ipv6HeaderSlice::from_slice(packet).ok()?;
+    let src = IpAddr::V6(header.source_addr());
+    let dst = IpAddr::V6(header.destination_addr());
+    let end = usize::from(header.payload_length()) + header.slice().len();
+    let packet = packet.get(..end).unwrap_or(packet);
+    let mut next = header.next_header().0;
+    let mut rest = packet.get(header.slice().len()..).unwrap_or_default();
+    let mut fragment = None;
+    let mut starts_transport = true;
+    while let Some((start, _)) = rest.split_first_chunk::<8>() {
+        let [following, len, high, low, id @ ..] = *start;
+        let len = match next {
+            // Hop-by-hop options, routing, destination options: in units of eight bytes.
+            0 | 43 | 60 => usize::from(len) * 8 + 8,
+            // Authentication: in units of four.
+            51 => usize::from(len) * 4 + 8,
+            FRAGMENT => {
+                let place = u16::from_be_bytes([high, low]);
+                starts_transport &= place & !7 == 0;
+                // One that is the whole of its datagram is none (RFC 6946).
+                if fragment.is_none() && place & !6 != 0 {
+                    fragment = Some(Datagram {
+                        src,
+                        dst,
+                        id: u32::from_be_bytes(id),
+                        protocol: 0,
+                    });
+                }
+                8
+            }
+            _ => break,
+        };
+        next = following;
+        rest = rest.get(len..).unwrap_or_default();
+    }
+    Some(Packet {
+        src,
+        dst,
+        upper: if starts_transport {
+            upper(next, rest)
+        } else {
+            Upper::Other
+        },
+        fragment,
+    })
+}
+
+/// What the start of a transport says.
+fn upper(protocol: u8, bytes: &[u8]) -> Upper {
+    let Some([a, b, c, d]) = bytes.first_chunk::<4>().copied() else {
+        return Upper::Other;
+    };
+    let id = |is_query: bool| match bytes.get(4..6) {
+        Some([high, low]) if is_query => Some(u16::from_be_bytes([*high, *low])),
+        _ => None,
+    };
+    match protocol {
+        6 | 17 => Upper::Ports(u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])),
+        1 => Upper::Icmp(a, b, id(matches!(a, 0 | 8 | 13..=18))),
+        58 => Upper::Icmp(a, b, id(matches!(a, 128 | 129))),
         _ => Upper::Other,
     }
 }
@@ -279,6 +318,33 @@ mod tests {
             let gso = Some(Gso { mss, family });
             assert_eq!(offload(&frame), (Checksum::Blank, gso));
         }
+    }
+
+    #[test]
+    fn transport_is_found_behind_extension_headers_in_any_order() {
+        let datagram = tcp(true, 0);
+        let with = |first: u8, headers: &[[u8; 8]]| {
+            let mut frame = datagram[..54].to_vec();
+            frame[20] = first;
+            frame[18..20].copy_from_slice(&[0, 20 + 8 * u8::try_from(headers.len()).unwrap()]);
+            frame.extend(headers.concat());
+            frame.extend(&datagram[54..]);
+            Content::of(&frame)
+        };
+        let options = |next: u8| [next, 0, 1, 4, 0, 0, 0, 0];
+        let ports = Upper::Ports(1000, 80);
+        for (first, headers) in [
+            (0, [options(60), options(6)]),
+            (60, [options(0), options(6)]),
+            (44, [[43, 0, 0, 0, 0, 0, 0, 9], [6, 0, 0, 0, 0, 0, 0, 0]]),
+        ] {
+            let content = with(first, &headers);
+            assert_eq!(content.packet().unwrap().upper, ports);
+            assert_eq!(content.fragment(), None);
+        }
+        let later = with(60, &[options(44), [6, 0, 0, 8, 0, 0, 0, 9]]);
+        assert_eq!(later.packet().unwrap().upper, Upper::Other);
+        assert!(later.fragment().is_some());
     }
 
     #[test]

@@ -409,6 +409,8 @@ const fn local_reason(content: &Content) -> &'static str {
     match content {
         Content::Arp => "arp",
         Content::Ip(packet) => match packet.upper {
+            // No other datagram for us is answered; the last fragment does not say what it is.
+            _ if packet.fragment.is_some() => "ping",
             Upper::Icmp(135, ..) => "neighbour-discovery",
             Upper::Icmp(..) => "ping",
             _ => "for-us",
@@ -431,6 +433,8 @@ const fn kind_of(content: &Content) -> &'static str {
             (IpAddr::V4(_), Upper::Icmp(3 | 11 | 12, ..))
             | (IpAddr::V6(_), Upper::Icmp(1..=4, ..)) => "icmp-error",
             (_, Upper::Icmp(0 | 129, ..)) => "echo-reply",
+            // Nothing else of our own is as large.
+            _ if packet.fragment.is_some() => "echo-reply",
             (_, Upper::Icmp(136, ..)) => "neighbour-advertisement",
             (_, Upper::Ports(_, 53)) => "dns-query",
             _ => "other",

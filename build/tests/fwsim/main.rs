@@ -6,286 +6,19 @@
     reason = "helpers of tests: what goes wrong here must stop the test"
 )]
 
+mod packets;
+mod policy;
+mod tracking;
+mod world;
+
 use std::fs;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::Command;
 
-use etherparse::{PacketBuilder, SlicedPacket, TransportSlice};
+use etherparse::{SlicedPacket, TransportSlice};
 use serde_json::Value;
 
-type Mac = [u8; 6];
-
-const FIREWALL: Mac = [0xfe, 0xff, 0xff, 0xff, 0xff, 0xff];
-const UPLINK: Mac = [0, 0x16, 0x3e, 0x5e, 0x6c, 5];
-const C1: Mac = [0, 0x16, 0x3e, 0x5e, 0x6c, 10];
-const C1_IP: [u8; 4] = [10, 137, 0, 10];
-const OWN: [u8; 4] = [10, 137, 0, 5];
-const WEB: [u8; 4] = [198, 51, 100, 1];
-
-const SYN: u8 = 0x02;
-const RST: u8 = 0x04;
-const ACK: u8 = 0x10;
-const SYN_ACK: u8 = 0x12;
-
-/// A folder with a configuration, captures, and what came out.
-struct World {
-    folder: PathBuf,
-    /// Frames that come in: seconds and microseconds, interface, bytes.
-    frames: Vec<(u32, u32, &'static str, Vec<u8>)>,
-    arguments: Vec<String>,
-}
-
-struct Run {
-    lines: Vec<Value>,
-    folder: PathBuf,
-}
-
-impl World {
-    fn new() -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("fwsim-{}-{number}", std::process::id());
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-        let _ = fs::remove_dir_all(&folder);
-        let world = Self {
-            folder,
-            frames: Vec::new(),
-            arguments: Vec::new(),
-        };
-        world.file(
-            "config/vifs",
-            "# name domid mac addresses\n\
-             c1 7 00:16:3e:5e:6c:0a 10.137.0.10 fd09:24ef:4179::a89:a\n\
-             c2 8 00:16:3e:5e:6c:0b 10.137.0.11\n",
-        );
-        for (key, value) in [
-            ("qubes-ip", "10.137.0.5\n"),
-            ("qubes-mac", "00:16:3e:5e:6c:05"),
-            ("qubes-gateway", "10.137.0.1"),
-            ("qubes-ip6", "fd09:24ef:4179::a89:5"),
-            ("qubes-gateway6", "fd09:24ef:4179::a89:1"),
-            ("qubes-netvm-gateway", "10.137.0.5"),
-            ("qubes-netvm-gateway6", "fd09:24ef:4179::a89:5"),
-            ("qubes-primary-dns", "192.168.1.1"),
-            ("qubes-netvm-primary-dns", "10.139.1.1"),
-            ("qubes-netvm-secondary-dns", "10.139.1.2"),
-            ("connected-ips", "10.137.0.10 10.137.0.11"),
-        ] {
-            world.file(&format!("config/qubesdb/{key}"), value);
-        }
-        world
-    }
-
-    fn file(&self, path: &str, text: &str) {
-        let path = self.folder.join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, text).unwrap();
-    }
-
-    /// Rules of an address, below a configuration folder.
-    fn rules(&self, config: &str, address: &str, rules: &[&str]) {
-        let tree = format!("{config}/qubesdb/qubes-firewall/{address}");
-        self.file(&format!("{tree}/policy"), "drop\n");
-        for (number, rule) in rules.iter().enumerate() {
-            self.file(&format!("{tree}/{number:04}"), rule);
-        }
-    }
-
-    fn frame(&mut self, seconds: u32, micros: u32, iface: &'static str, bytes: Vec<u8>) {
-        self.frames.push((1000 + seconds, micros, iface, bytes));
-    }
-
-    fn arguments(&self) -> Vec<String> {
-        let path = |name: &str| self.folder.join(name).display().to_string();
-        let mut arguments = vec!["fwsim".to_owned(), "--config".into(), path("config")];
-        arguments.extend(["--out".to_owned(), path("out")]);
-        for iface in ["c1", "c2", "uplink"] {
-            let frames = self.frames.iter().filter(|(_, _, on, _)| *on == iface);
-            let frames: Vec<_> = frames.collect();
-            if frames.is_empty() {
-                continue;
-            }
-            let mut file = Vec::from(0xa1b2_c3d4_u32.to_le_bytes());
-            file.extend([2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-            file.extend(65_535_u32.to_le_bytes());
-            file.extend(1_u32.to_le_bytes());
-            for (seconds, micros, _, bytes) in frames {
-                let len = u32::try_from(bytes.len()).unwrap();
-                for number in [*seconds, *micros, len, len] {
-                    file.extend(number.to_le_bytes());
-                }
-                file.extend(bytes);
-            }
-            let name = format!("in-{iface}.pcap");
-            fs::write(self.folder.join(&name), file).unwrap();
-            arguments.extend(["--in".to_owned(), format!("{iface}={}", path(&name))]);
-        }
-        arguments.extend(self.arguments.iter().cloned());
-        arguments
-    }
-
-    fn output(&self) -> Output {
-        let program = env!("CARGO_BIN_EXE_xtask");
-        Command::new(program)
-            .args(self.arguments())
-            .output()
-            .unwrap()
-    }
-
-    fn run(&self) -> Run {
-        let output = self.output();
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{errors}");
-        let text = String::from_utf8(output.stdout).unwrap();
-        let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
-        Run {
-            lines: lines.collect(),
-            folder: self.folder.join("out"),
-        }
-    }
-
-    /// The error line of a run that must fail.
-    fn error(&self) -> String {
-        let output = self.output();
-        assert_eq!(output.status.code(), Some(2));
-        assert!(output.stdout.is_empty());
-        let text = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(text.lines().count(), 1, "{text}");
-        text.replace(&self.folder.display().to_string(), "~")
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.folder);
-    }
-}
-
-impl Run {
-    /// The line of an input frame.
-    fn frame(&self, number: u64) -> &Value {
-        let mut lines = self.lines.iter().filter(|line| line["n"] == number);
-        let line = lines.next().unwrap();
-        assert!(lines.next().is_none());
-        line
-    }
-
-    /// `verdict`, then what decided, then `out`.
-    fn verdict(&self, number: u64) -> String {
-        let line = self.frame(number);
-        let words = ["verdict", "reason", "rule", "out"].map(|key| &line[key]);
-        let words = words.into_iter().filter(|word| !word.is_null());
-        let words: Vec<_> = words
-            .map(|word| word.to_string().replace('"', ""))
-            .collect();
-        words.join(" ")
-    }
-
-    /// What was made because of an input frame: kind, interface.
-    fn made(&self, cause: u64) -> Vec<(&str, &str)> {
-        let lines = self.lines.iter().filter(|line| line["cause"] == cause);
-        lines
-            .map(|line| {
-                (
-                    line["generated"].as_str().unwrap(),
-                    line["out"].as_str().unwrap(),
-                )
-            })
-            .collect()
-    }
-
-    /// The frames that left on an interface.
-    fn sent(&self, iface: &str) -> Vec<Vec<u8>> {
-        let file = fs::read(self.folder.join(format!("{iface}.pcap"))).unwrap();
-        assert_eq!(file[..4], 0xa1b2_c3d4_u32.to_le_bytes());
-        let mut frames = Vec::new();
-        let mut rest = &file[24..];
-        while let Some((header, more)) = rest.split_first_chunk::<16>() {
-            let len = u32::from_le_bytes(*header[8..].first_chunk().unwrap());
-            let (frame, more) = more.split_at(usize::try_from(len).unwrap());
-            frames.push(frame.to_vec());
-            rest = more;
-        }
-        frames
-    }
-}
-
-fn ethernet(from: Mac, to: Mac) -> etherparse::PacketBuilderStep<etherparse::Ethernet2Header> {
-    PacketBuilder::ethernet2(from, to)
-}
-
-fn tcp(macs: (Mac, Mac), ends: ([u8; 4], u16), to: ([u8; 4], u16), flags: u8, ack: u32) -> Vec<u8> {
-    let mut builder = ethernet(macs.0, macs.1).ipv4(ends.0, to.0, 64).tcp(
-        ends.1,
-        to.1,
-        if flags == SYN_ACK {
-            500
-        } else {
-            100 + u32::from(flags != SYN)
-        },
-        8192,
-    );
-    if flags & SYN != 0 {
-        builder = builder.syn();
-    }
-    if flags & ACK != 0 {
-        builder = builder.ack(ack);
-    }
-    if flags & RST != 0 {
-        builder = builder.rst();
-    }
-    let mut frame = Vec::new();
-    builder.write(&mut frame, &[]).unwrap();
-    frame
-}
-
-/// From the client to somebody.
-fn up(port: u16, to: ([u8; 4], u16), flags: u8, ack: u32) -> Vec<u8> {
-    tcp((C1, FIREWALL), (C1_IP, port), to, flags, ack)
-}
-
-fn udp(macs: (Mac, Mac), from: ([u8; 4], u16), to: ([u8; 4], u16), payload: &[u8]) -> Vec<u8> {
-    let mut frame = Vec::new();
-    ethernet(macs.0, macs.1)
-        .ipv4(from.0, to.0, 64)
-        .udp(from.1, to.1)
-        .write(&mut frame, payload)
-        .unwrap();
-    frame
-}
-
-/// Checks both checksums of a frame with another implementation.
-fn checksums_are_right(frame: &[u8]) {
-    let packet = SlicedPacket::from_ethernet(frame).unwrap();
-    match (packet.net.unwrap(), packet.transport.unwrap()) {
-        (etherparse::NetSlice::Ipv4(ip), transport) => {
-            let header = ip.header().to_header();
-            assert_eq!(header.calc_header_checksum(), header.header_checksum);
-            match transport {
-                TransportSlice::Tcp(tcp) => {
-                    let sum = tcp
-                        .calc_checksum_ipv4(header.source, header.destination)
-                        .unwrap();
-                    assert_eq!(sum, tcp.checksum());
-                }
-                TransportSlice::Udp(udp) => {
-                    let sum = udp.to_header().calc_checksum_ipv4(&header, udp.payload());
-                    assert_eq!(sum.unwrap(), udp.checksum());
-                }
-                _ => {}
-            }
-        }
-        (etherparse::NetSlice::Ipv6(ip), TransportSlice::Tcp(tcp)) => {
-            let sum = tcp
-                .calc_checksum_ipv6(ip.header().source(), ip.header().destination())
-                .unwrap();
-            assert_eq!(sum, tcp.checksum());
-        }
-        other => panic!("{other:?}"),
-    }
-}
+use world::*;
 
 #[test]
 fn tcp_connection_goes_through_the_translation_and_back() {
@@ -444,19 +177,6 @@ fn change_of_rules_cuts_what_they_forbid_and_nothing_else() {
     assert_eq!(verdicts[4..6], ["accept 0 uplink", "accept 0 uplink"]);
     assert_eq!(verdicts[6], "accept 0 uplink");
     assert_eq!(verdicts[7], "reject policy policy");
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &target);
-        } else {
-            fs::copy(entry.path(), target).unwrap();
-        }
-    }
 }
 
 #[test]
@@ -659,24 +379,6 @@ fn own_mac_on_the_uplink_is_found_in_this_order() {
     assert_eq!(sent_with(&world), FIREWALL);
     world.frames.remove(0);
     assert_eq!(sent_with(&world), [0, 0x16, 0x3e, 0x5e, 0x6c, 0]);
-}
-
-/// A DNS message about `www.example.org`, type A, with an answer if there is an address.
-fn dns(id: u16, address: Option<[u8; 4]>) -> Vec<u8> {
-    let mut message = Vec::from(id.to_be_bytes());
-    let flags = if address.is_some() {
-        [0x81, 0x80]
-    } else {
-        [1, 0]
-    };
-    message.extend(flags);
-    message.extend([0, 1, 0, u8::from(address.is_some()), 0, 0, 0, 0]);
-    message.extend(b"\x03www\x07example\x03org\0\0\x01\0\x01");
-    if let Some(address) = address {
-        message.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
-        message.extend(address);
-    }
-    message
 }
 
 #[test]

@@ -12,7 +12,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::engine_bench::{self, Engine};
+use crate::engine_bench::{self, Engine, Update};
 use crate::image::{self, Variant};
 use crate::lab::internet::WEB;
 use crate::lab::machine::MachineOptions;
@@ -43,9 +43,9 @@ pub struct BenchArguments {
     /// Also the transfers through a Linux firewall
     #[arg(long, conflicts_with = "engine")]
     linux: bool,
-    /// Make the counts the baseline that later ones are compared with
-    #[arg(long, conflicts_with = "lab")]
-    update_baseline: bool,
+    /// Make the counts the baseline that later ones are compared with: all of them, or only new rows'
+    #[arg(long, conflicts_with = "lab", value_name = "WHICH", num_args = 0..=1, default_missing_value = "all")]
+    update_baseline: Option<Update>,
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -86,8 +86,8 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &BenchArguments) -
     let mut regressions = Vec::new();
     if !arguments.lab {
         let engine = engine_bench::measure(workspace, screen)?;
-        if arguments.update_baseline {
-            engine.update_baseline(workspace.root())?;
+        if let Some(update) = arguments.update_baseline {
+            engine.update_baseline(workspace.root(), update)?;
         } else {
             regressions = engine.regressions();
         }
@@ -106,7 +106,7 @@ pub fn run(workspace: &Workspace, screen: &Screen, arguments: &BenchArguments) -
         println!("{}", serde_json::to_string_pretty(&measured)?);
     }
     for line in &regressions {
-        anstream::eprintln!("{} {line}", paint(BAD, "dearer:"));
+        anstream::eprintln!("{} {line}", paint(BAD, "worse:"));
     }
     Ok(if regressions.is_empty() {
         ExitCode::SUCCESS

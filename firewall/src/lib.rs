@@ -13,6 +13,9 @@
 extern crate alloc;
 
 mod address;
+#[cfg(feature = "blocks")]
+#[doc(hidden)]
+pub mod blocks;
 pub mod config;
 mod conntrack;
 pub mod engine;

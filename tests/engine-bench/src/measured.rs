@@ -3,14 +3,17 @@
 
 use std::hint::black_box;
 
+use firewall::ruleset::CompiledRules;
 use firewall::{Engine, Time, Work};
 
+use crate::lookup::Query;
+
 /// Frames in a batch.
-const BATCH: usize = 32;
+pub(crate) const BATCH: usize = 32;
 
 /// Decides frames in batches, and takes what the engine made itself.
 #[inline(never)]
-pub(crate) fn decide(engine: &mut Engine, work: &mut [Work<'_>], now: Time) {
+pub fn decide(engine: &mut Engine, work: &mut [Work<'_>], now: Time) {
     for batch in work.chunks_mut(BATCH) {
         engine.process_batch(batch, now);
         while let Some(frame) = engine.next_generated() {
@@ -21,14 +24,22 @@ pub(crate) fn decide(engine: &mut Engine, work: &mut [Work<'_>], now: Time) {
 
 /// Lets everything that is due expire.
 #[inline(never)]
-pub(crate) fn expire(engine: &mut Engine, now: Time) {
+pub fn expire(engine: &mut Engine, now: Time) {
     while engine.tick(now, 256) {}
+}
+
+/// Looks every query up.
+#[inline(never)]
+pub fn look_up(rules: &CompiledRules, queries: &[Query]) {
+    for &(destination, upper) in queries {
+        black_box(rules.decide4(destination, upper));
+    }
 }
 
 /// What smoltcp takes to read a TCP packet over IPv4 and to write it again elsewhere: a floor for an
 /// engine made of library parts. Returns how many packets it understood.
 #[inline(never)]
-pub(crate) fn smoltcp(frames: &[&[u8]], out: &mut [u8]) -> usize {
+pub fn smoltcp(frames: &[&[u8]], out: &mut [u8]) -> usize {
     use smoltcp::phy::ChecksumCapabilities;
     use smoltcp::wire::{Ipv4Packet, Ipv4Repr, TcpPacket, TcpRepr};
     let caps = ChecksumCapabilities::default();
@@ -53,7 +64,7 @@ pub(crate) fn smoltcp(frames: &[&[u8]], out: &mut [u8]) -> usize {
 
 /// The same with etherparse.
 #[inline(never)]
-pub(crate) fn etherparse(frames: &[&[u8]], out: &mut [u8]) -> usize {
+pub fn etherparse(frames: &[&[u8]], out: &mut [u8]) -> usize {
     use etherparse::{NetSlice, SlicedPacket, TransportSlice};
     let mut rewrite = |frame: &&[u8]| {
         let packet = SlicedPacket::from_ethernet(frame).ok()?;

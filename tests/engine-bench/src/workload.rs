@@ -1,34 +1,38 @@
-//! The workloads of `performance.md` section 2 that are the engine's: the world before, the frames, and
-//! what must become of each.
+//! The workloads of `performance.md` section 2 that are the engine's: the frames, and what must become of
+//! each. The world before is [`crate::world`]'s.
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use firewall::rule::Action;
-use firewall::{
-    ClientConfig, ClientId, Downstream, DropReason, Engine, Frame, Gso, GsoFamily, Iface, Limits,
-    Time, UplinkConfig, Verdict, Work,
-};
+use firewall::{ClientId, DropReason, Frame, Gso, GsoFamily, Iface, Verdict, Work};
 
 use crate::Failure;
 use crate::packet::{
-    ACK, FIN, ICMP, OWN_MAC, SYN, Segment, TCP, UDP, UPLINK4, UPLINK6, datagram, fragment, frame,
-    packet, port, server, source,
+    ACK, FIN, ICMP, SYN, Segment, TCP, UDP, UPLINK4, UPLINK6, datagram, fragment, frame, packet_in,
+    port, pretend_len, server, source, unsum,
 };
-use crate::rules::compiled;
 
 /// Frames of one run.
-pub(crate) const PACKETS: u32 = 4096;
+pub const PACKETS: u32 = 4096;
+
+/// Flows that stay in use while others idle out (W16).
+pub(crate) const BUSY_FLOWS: u32 = 1024;
 
 /// The virtual resolver, and the real one behind it.
-const RESOLVERS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 139, 1, 1), Ipv4Addr::new(9, 9, 9, 9)];
+pub(crate) const RESOLVERS: [Ipv4Addr; 2] =
+    [Ipv4Addr::new(10, 139, 1, 1), Ipv4Addr::new(9, 9, 9, 9)];
 
 /// What must become of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fate {
+pub enum Fate {
+    /// To the uplink.
     Up,
+    /// To this client.
     Down(u16),
+    /// Dropped for this reason.
     Drop(DropReason),
+    /// Dropped for this reason, with an ICMP error.
     Reject(DropReason),
+    /// Kept until more of it comes.
     Held,
     /// As other frames to the uplink.
     ReplacedUp,
@@ -56,41 +60,57 @@ impl Fate {
 
 /// A frame that arrives.
 #[derive(Debug)]
-pub(crate) struct Arrival {
-    pub(crate) ingress: Iface,
-    pub(crate) bytes: Vec<u8>,
+pub struct Arrival {
+    /// Where it comes from.
+    pub ingress: Iface,
+    /// The frame, or its head.
+    pub bytes: Vec<u8>,
     /// Bytes of the frame behind its head, and what it asks to have cut.
     pub(crate) gso: Option<(u32, Gso)>,
-    pub(crate) fate: Fate,
+    /// What must become of it.
+    pub fate: Fate,
 }
 
 /// What is run.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
     Established {
         udp: bool,
         v6: bool,
         down: bool,
         large: bool,
     },
+    /// UDP without checksums.
+    Unsummed {
+        down: bool,
+    },
     New,
-    Refused,
+    Refused {
+        /// Whether ICMP errors are limited.
+        limited: bool,
+    },
     Spoof,
     Full,
     Dns {
+        tcp: bool,
         down: bool,
     },
-    Echo,
+    Echo {
+        down: bool,
+    },
     Unreachable,
     Life,
     Gso,
     Fragments(Order),
     Flood,
     Mix,
+    /// Some flows are in use, the others idle out.
+    Idle,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Order {
+/// How fragments arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
     Forward,
     Backward,
     Overlapping,
@@ -104,6 +124,9 @@ const KINDS: &[(&str, Kind)] = {
             down,
             large: false,
         }
+    }
+    const fn dns(tcp: bool, down: bool) -> Kind {
+        Kind::Dns { tcp, down }
     }
     &[
         ("est-up", established(false, false, false)),
@@ -122,12 +145,18 @@ const KINDS: &[(&str, Kind)] = {
             },
         ),
         ("new", Kind::New),
-        ("refused", Kind::Refused),
+        ("udp-unsummed-up", Kind::Unsummed { down: false }),
+        ("udp-unsummed-down", Kind::Unsummed { down: true }),
+        ("refused", Kind::Refused { limited: false }),
+        ("refused-limited", Kind::Refused { limited: true }),
         ("spoof", Kind::Spoof),
         ("full", Kind::Full),
-        ("dns-up", Kind::Dns { down: false }),
-        ("dns-down", Kind::Dns { down: true }),
-        ("echo", Kind::Echo),
+        ("dns-up", dns(false, false)),
+        ("dns-down", dns(false, true)),
+        ("dns-tcp-up", dns(true, false)),
+        ("dns-tcp-down", dns(true, true)),
+        ("echo", Kind::Echo { down: false }),
+        ("echo-down", Kind::Echo { down: true }),
         ("unreachable", Kind::Unreachable),
         ("life", Kind::Life),
         ("gso", Kind::Gso),
@@ -136,19 +165,40 @@ const KINDS: &[(&str, Kind)] = {
         ("frag-overlap", Kind::Fragments(Order::Overlapping)),
         ("flood", Kind::Flood),
         ("imix", Kind::Mix),
+        ("idle", Kind::Idle),
     ]
 };
 
 /// A workload with its parameters.
-pub(crate) struct Plan {
-    kind: Kind,
-    flows: u32,
-    clients: u16,
-    rules: u16,
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    pub(crate) kind: Kind,
+    pub(crate) flows: u32,
+    pub(crate) clients: u16,
+    pub(crate) rules: u16,
+}
+
+/// The generator of `performance.md` section 2, shifted.
+fn random() -> impl Iterator<Item = u32> {
+    let mut x = 1_u32;
+    std::iter::from_fn(move || {
+        x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        Some(x >> 8)
+    })
 }
 
 impl Plan {
-    pub(crate) fn new(name: &str, flows: u32, clients: u16, rules: u16) -> Result<Self, Failure> {
+    /// The names of all workloads.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        KINDS.iter().map(|(name, _)| *name)
+    }
+
+    /// A workload by its name, with `flows` flows that exist before, and `rules` rules for each client.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such workload.
+    pub fn new(name: &str, flows: u32, clients: u16, rules: u16) -> Result<Self, Failure> {
         let found = KINDS.iter().find(|(own, _)| *own == name);
         let (_, kind) = found.ok_or_else(|| format!("no workload {name}"))?;
         Ok(Self {
@@ -159,99 +209,42 @@ impl Plan {
         })
     }
 
-    fn is_v6(&self) -> bool {
+    /// How many flows exist before.
+    pub fn flows(&self) -> u32 {
+        self.flows
+    }
+
+    /// Whether its frames start flows, so that it must not be repeated in the same world.
+    pub(crate) fn makes_flows(&self) -> bool {
+        matches!(self.kind, Kind::New | Kind::Full | Kind::Flood | Kind::Mix)
+    }
+
+    pub(crate) fn is_v6(&self) -> bool {
         matches!(self.kind, Kind::Established { v6: true, .. })
     }
 
-    fn is_udp(&self) -> bool {
+    pub(crate) fn is_udp(&self) -> bool {
         matches!(
             self.kind,
-            Kind::Established { udp: true, .. } | Kind::Dns { .. }
+            Kind::Established { udp: true, .. }
+                | Kind::Unsummed { .. }
+                | Kind::Dns { tcp: false, .. }
         )
     }
 
-    /// An engine with its clients and their rules, and every flow that must exist before.
-    pub(crate) fn world(&self) -> Result<Engine, Failure> {
-        let room = match self.kind {
-            Kind::Full => self.flows,
-            _ => (self.flows + 4 * PACKETS).next_multiple_of(65_536),
-        };
-        let mut engine = Engine::new(
-            Limits {
-                flows4: if self.is_v6() { 1024 } else { room },
-                flows6: if self.is_v6() { room } else { 1024 },
-                clients: 256,
-                outbox_bytes: 1 << 20,
-                icmp_rate: None,
-                ..Limits::default()
-            },
-            [42; 32],
-        );
-        engine.set_uplink(Some(UplinkConfig {
-            ip6: Some(UPLINK6),
-            gateway6: Some("fd09:24ef:4179::a8a:2".parse()?),
-            ..UplinkConfig::new(OWN_MAC, UPLINK4)
-        }));
-        engine.set_downstream(Downstream {
-            gateway4: Some(UPLINK4),
-            gateway6: Some(UPLINK6),
-        });
-        engine.set_dns(&RESOLVERS[..1], &RESOLVERS[1..]);
-        let last = if self.kind == Kind::Refused {
-            Action::Drop
-        } else {
-            Action::Accept
-        };
-        for id in 0..self.clients {
-            let addresses = [false, true].map(|v6| source(u32::from(id), v6)).to_vec();
-            engine.attach_client(ClientConfig {
-                id: ClientId(id),
-                domid: id + 1,
-                mac: OWN_MAC,
-                addresses: addresses.clone(),
-                mtu: 1500,
-            })?;
-            for address in addresses {
-                engine.set_rules(address, compiled(self.rules, last, address)?);
-            }
-        }
-        for mut arrival in self.before() {
-            let fate = arrival.fate;
-            let mut work = arrival.work();
-            let now = Time::from_secs(1000);
-            work.verdict = engine.process(work.ingress, &mut work.frame, now);
-            fate.check(work.verdict)?;
-        }
-        Ok(engine)
-    }
-
-    /// What makes the flows that exist before.
-    fn before(&self) -> Box<dyn Iterator<Item = Arrival> + '_> {
-        let flows = 0..self.flows;
-        match self.kind {
-            Kind::Refused | Kind::Spoof | Kind::Life | Kind::Fragments(_) => {
-                Box::new(std::iter::empty())
-            }
-            _ if self.is_udp() => {
-                Box::new(flows.flat_map(|i| [self.udp(i, false), self.udp(i, true)]))
-            }
-            Kind::Echo => Box::new(flows.map(|i| self.echo(i))),
-            _ => Box::new(flows.flat_map(|i| self.handshake(i))),
-        }
-    }
-
     /// The frames that are measured.
-    pub(crate) fn arrivals(&self) -> Vec<Arrival> {
-        let mut x = 1_u32;
-        let random = std::iter::from_fn(move || {
-            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            Some(x >> 8)
-        });
-        let count = usize::try_from(PACKETS).unwrap_or(0);
-        let known = random
+    pub fn arrivals(&self) -> Vec<Arrival> {
+        self.arrivals_of_round(0)
+    }
+
+    /// The frames that are measured in one of many rounds: new flows are new in each.
+    pub fn arrivals_of_round(&self, round: u32) -> Vec<Arrival> {
+        let known = random()
             .zip(0..PACKETS)
             .map(|(x, at)| (x, x % self.flows.max(1), at));
-        let fresh = self.flows..self.flows + PACKETS;
+        let first = self.flows + round * PACKETS;
+        let fresh = first..first + PACKETS;
+        let count = usize::try_from(PACKETS).unwrap_or(0);
         match self.kind {
             Kind::Established { down, large, .. } => known
                 .map(|(_, i, _)| match self.is_udp() {
@@ -259,13 +252,17 @@ impl Plan {
                     false => self.data(i, down, if large { 1460 } else { 10 }),
                 })
                 .collect(),
+            Kind::Unsummed { down } => known.map(|(_, i, _)| self.udp(i, down)).collect(),
             Kind::New | Kind::Full => fresh.map(|i| self.syn(i, Fate::Up)).collect(),
-            Kind::Refused => fresh
+            Kind::Refused { .. } => fresh
                 .map(|i| self.syn(i, Fate::Reject(DropReason::Rule)))
                 .collect(),
             Kind::Spoof => fresh.map(|i| self.spoofed(i)).collect(),
-            Kind::Dns { down } => known.map(|(_, i, _)| self.udp(i, down)).collect(),
-            Kind::Echo => known.map(|(_, i, _)| self.echo(i)).collect(),
+            Kind::Dns { tcp: true, down } => known
+                .map(|(_, i, _)| self.data(i, down, if down { 100 } else { 10 }))
+                .collect(),
+            Kind::Dns { tcp: false, down } => known.map(|(_, i, _)| self.udp(i, down)).collect(),
+            Kind::Echo { down } => known.map(|(_, i, _)| self.echo(i, down)).collect(),
             Kind::Unreachable => known.map(|(_, i, _)| self.unreachable(i)).collect(),
             Kind::Life => (0..).flat_map(|i| self.life(i)).take(count).collect(),
             Kind::Gso => known.map(|(_, i, _)| self.gso(i)).collect(),
@@ -280,20 +277,21 @@ impl Plan {
                     _ => self.flood(x, at),
                 })
                 .collect(),
-            Kind::Mix => known
-                .map(|(x, i, at)| match at % 100 {
-                    99 => self.syn(self.flows + at, Fate::Up),
-                    _ => self.data(
-                        i,
-                        x & 0x40 != 0,
-                        [10, 10, 10, 10, 10, 10, 10, 540, 540, 540, 540, 1460]
-                            .get(usize::try_from(at % 12).unwrap_or(0))
-                            .copied()
-                            .unwrap_or(0),
-                    ),
-                })
+            Kind::Mix => known.map(|(x, i, at)| self.mixed(x, i, at)).collect(),
+            Kind::Idle => known
+                .map(|(x, _, _)| self.data(self.flows + x % BUSY_FLOWS, false, 10))
                 .collect(),
         }
+    }
+
+    /// `count` flows that the first client makes up, of random addresses and ports.
+    pub fn floods(&self, count: u32) -> impl Iterator<Item = Arrival> + '_ {
+        random().zip(0..count).map(|(x, at)| self.flood(x, at))
+    }
+
+    /// Whether a frame is the flooding client's.
+    pub fn is_flooder(arrival: &Arrival) -> bool {
+        arrival.ingress == Iface::Client(ClientId(0))
     }
 
     fn client(&self, i: u32) -> u16 {
@@ -301,23 +299,38 @@ impl Plan {
     }
 
     /// A frame of flow `i`, or one like it.
-    fn arrival(&self, i: u32, down: bool, number: u8, dst: IpAddr, transport: Vec<u8>) -> Arrival {
+    fn arrival(
+        &self,
+        i: u32,
+        down: bool,
+        number: u8,
+        dst: IpAddr,
+        transport: impl FnOnce(&mut Vec<u8>),
+    ) -> Arrival {
         let client = self.client(i);
-        let (src, dst) = match (down, self.is_v6()) {
+        let ends = match (down, self.is_v6()) {
             (true, false) => (dst, UPLINK4.into()),
             (true, true) => (dst, UPLINK6.into()),
             (false, v6) => (source(u32::from(client), v6), dst),
         };
-        let packet = packet(src, dst, number, transport);
         Arrival {
             ingress: if down {
                 Iface::Uplink
             } else {
                 Iface::Client(ClientId(client))
             },
-            bytes: frame(down, &packet),
+            bytes: frame(down, ends, number, transport),
             gso: None,
             fate: if down { Fate::Down(client) } else { Fate::Up },
+        }
+    }
+
+    /// The other end of flow `i`, as its frames in one direction name it, and its port.
+    fn other_end(&self, i: u32, down: bool) -> (IpAddr, u16) {
+        match (self.kind, down) {
+            (Kind::Dns { .. }, false) => (RESOLVERS[0].into(), 53),
+            (Kind::Dns { .. }, true) => (RESOLVERS[1].into(), 53),
+            _ => (server(i, self.is_v6()), 443),
         }
     }
 
@@ -331,11 +344,13 @@ impl Plan {
     ) -> Arrival {
         let scaling = !matches!(
             self.kind,
-            Kind::New | Kind::Full | Kind::Refused | Kind::Spoof
+            Kind::New | Kind::Full | Kind::Refused { .. } | Kind::Spoof
         );
-        let ports = if down { (443, port(i)) } else { (port(i), 443) };
+        let (address, number) = self.other_end(i, down);
+        // With one address for all, clients' ports must differ.
+        let own = port(i);
         let segment = Segment {
-            ports,
+            ports: if down { (number, own) } else { (own, number) },
             seq,
             ack,
             flags,
@@ -343,7 +358,7 @@ impl Plan {
             // A lone SYN is as short as it can be.
             scaling: flags & SYN != 0 && scaling,
         };
-        self.arrival(i, down, TCP, server(i, self.is_v6()), segment.bytes())
+        self.arrival(i, down, TCP, address, |bytes| segment.write(bytes))
     }
 
     fn syn(&self, i: u32, fate: Fate) -> Arrival {
@@ -353,7 +368,7 @@ impl Plan {
         }
     }
 
-    fn handshake(&self, i: u32) -> [Arrival; 4] {
+    pub(crate) fn handshake(&self, i: u32) -> [Arrival; 4] {
         [
             self.tcp(i, false, (1000, 0), SYN, 0),
             self.tcp(i, true, (5000, 1001), SYN | ACK, 0),
@@ -363,24 +378,31 @@ impl Plan {
         ]
     }
 
+    /// A frame of `imix`.
+    fn mixed(&self, x: u32, i: u32, at: u32) -> Arrival {
+        const PAYLOADS: [usize; 12] = [10, 10, 10, 10, 10, 10, 10, 540, 540, 540, 540, 1460];
+        if at % 100 == 99 {
+            return self.syn(self.flows + at, Fate::Up);
+        }
+        let payload = PAYLOADS.get(usize::try_from(at % 12).unwrap_or(0));
+        self.data(i, x & 0x40 != 0, payload.copied().unwrap_or(0))
+    }
+
     /// A segment that stays where it is in the window however often it is sent.
     fn data(&self, i: u32, down: bool, payload: usize) -> Arrival {
         let numbers = if down { (5001, 1001) } else { (1001, 5001) };
         self.tcp(i, down, numbers, ACK, payload)
     }
 
-    fn udp(&self, i: u32, down: bool) -> Arrival {
-        let dns = matches!(self.kind, Kind::Dns { .. });
-        let number = if dns { 53 } else { 443 };
-        let server = match (dns, down) {
-            (false, _) => server(i, self.is_v6()),
-            (true, false) => RESOLVERS[0].into(),
-            (true, true) => RESOLVERS[1].into(),
-        };
-        // One address for all: clients' ports must differ.
+    pub(crate) fn udp(&self, i: u32, down: bool) -> Arrival {
+        let (address, number) = self.other_end(i, down);
         let own = port(i);
         let ports = if down { (number, own) } else { (own, number) };
-        self.arrival(i, down, UDP, server, datagram(ports, 22))
+        let mut arrival = self.arrival(i, down, UDP, address, |bytes| datagram(bytes, ports, 22));
+        if matches!(self.kind, Kind::Unsummed { .. }) {
+            unsum(&mut arrival.bytes);
+        }
+        arrival
     }
 
     fn spoofed(&self, i: u32) -> Arrival {
@@ -391,11 +413,13 @@ impl Plan {
         }
     }
 
-    fn echo(&self, i: u32) -> Arrival {
-        let mut message = vec![8, 0, 0, 0];
-        message.extend(port(i).to_be_bytes());
-        message.extend([0, 1, 1, 2, 3, 4, 5, 6, 7, 8]);
-        self.arrival(i, false, ICMP, server(i, false), message)
+    pub(crate) fn echo(&self, i: u32, down: bool) -> Arrival {
+        let kind = if down { 0 } else { 8 };
+        self.arrival(i, down, ICMP, server(i, false), |bytes| {
+            bytes.extend_from_slice(&[kind, 0, 0, 0]);
+            bytes.extend_from_slice(&port(i).to_be_bytes());
+            bytes.extend_from_slice(&[0, 1, 1, 2, 3, 4, 5, 6, 7, 8]);
+        })
     }
 
     /// A router says that the segment of flow `i` could not be delivered.
@@ -408,15 +432,13 @@ impl Plan {
             payload: 0,
             scaling: false,
         };
-        let quoted = packet(UPLINK4.into(), server(i, false), TCP, segment.bytes());
-        let message = [&[3, 1, 0, 0, 0, 0, 0, 0], &quoted[..]].concat();
-        self.arrival(
-            i,
-            true,
-            ICMP,
-            Ipv4Addr::new(198, 18, 255, 1).into(),
-            message,
-        )
+        let ends = (UPLINK4.into(), server(i, false));
+        let quoted = frame(false, ends, TCP, |bytes| segment.write(bytes));
+        let router = Ipv4Addr::new(198, 18, 255, 1);
+        self.arrival(i, true, ICMP, router.into(), |bytes| {
+            bytes.extend_from_slice(&[3, 1, 0, 0, 0, 0, 0, 0]);
+            bytes.extend_from_slice(packet_in(&quoted));
+        })
     }
 
     /// A connection from its first to its last segment.
@@ -439,11 +461,7 @@ impl Plan {
     fn gso(&self, i: u32) -> Arrival {
         let mut arrival = self.data(i, false, 0);
         let total = 65_535_u16;
-        arrival.bytes.splice(16..18, total.to_be_bytes());
-        arrival.bytes.splice(24..26, [0, 0]);
-        let header = arrival.bytes.get(14..34).unwrap_or_default().to_vec();
-        let field = crate::packet::field(&header);
-        arrival.bytes.splice(24..26, field.to_be_bytes());
+        pretend_len(&mut arrival.bytes, total);
         let gso = Gso {
             mss: 1448,
             family: GsoFamily::V4,
@@ -454,14 +472,9 @@ impl Plan {
 
     /// A datagram in three parts.
     fn fragments(&self, i: u32, order: Order) -> Vec<Arrival> {
-        let whole = self.arrival(
-            i,
-            false,
-            UDP,
-            server(i, false),
-            datagram((port(i), 443), 1192),
-        );
-        let packet = whole.bytes.get(14..).unwrap_or_default();
+        let whole = self.arrival(i, false, UDP, server(i, false), |bytes| {
+            datagram(bytes, (port(i), 443), 1192);
+        });
         let id = u16::try_from(i & 0xffff).unwrap_or(0);
         let second = if order == Order::Overlapping {
             392
@@ -481,7 +494,7 @@ impl Plan {
         let parts = parts.into_iter().zip(fates);
         let arrivals = parts.map(|((from, to), fate)| Arrival {
             ingress: whole.ingress,
-            bytes: frame(false, &fragment(packet, from, to, id)),
+            bytes: fragment(&whole.bytes, from, to, id),
             gso: None,
             fate,
         });
@@ -500,13 +513,13 @@ impl Plan {
             scaling: false,
         };
         let server = Ipv4Addr::from_bits(0x5e00_0000 | x & 0xff_ffff);
-        self.arrival(i, false, TCP, server.into(), segment.bytes())
+        self.arrival(i, false, TCP, server.into(), |bytes| segment.write(bytes))
     }
 }
 
 impl Arrival {
     /// The frame as the engine takes it.
-    pub(crate) fn work(&mut self) -> Work<'_> {
+    pub fn work(&mut self) -> Work<'_> {
         let mut frame = Frame::whole(&mut self.bytes);
         if let Some((len, gso)) = self.gso {
             frame.len = len;
@@ -523,7 +536,11 @@ impl Arrival {
 
 impl Fate {
     /// Compares what became of a frame with what must.
-    pub(crate) fn check(self, verdict: Verdict) -> Result<(), Failure> {
+    ///
+    /// # Errors
+    ///
+    /// If that is something else.
+    pub fn check(self, verdict: Verdict) -> Result<(), Failure> {
         match self.is(verdict) {
             true => Ok(()),
             false => Err(format!("{verdict:?} instead of {self:?}").into()),

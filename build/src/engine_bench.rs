@@ -20,11 +20,13 @@ use crate::workspace::Workspace;
 
 mod callgrind;
 mod machine_code;
+mod peer;
 mod rows;
 mod show;
 
 use callgrind::Programs;
 use machine_code::MachineCode;
+use peer::Linux;
 use rows::{COMPILATIONS, Goal, ROWS, TIMES};
 
 /// How much a count may grow over the baseline, as a fraction.
@@ -120,6 +122,9 @@ pub struct Engine {
     calibration: Option<(f64, f64)>,
     nanoseconds: Vec<Timed>,
     rules: Vec<Compiled>,
+    /// The Linux kernel of this machine, with the same rules and frames.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    linux: Option<Linux>,
 }
 
 /// How this machine compares with the one of the goals.
@@ -193,6 +198,7 @@ pub fn measure(workspace: &Workspace, screen: &Screen) -> Result<Engine> {
         });
     }
     step.done("");
+    engine.linux = Some(peer::measure(workspace, screen));
     Ok(engine)
 }
 

@@ -2,7 +2,7 @@
 
 use super::rows::{ROWS, TIMES};
 use super::{
-    Compiled, Engine, MOST_FLOW_BYTES, MOST_STEP_MICROS, PacketPath, REFERENCE_HASH_NANOS,
+    Compiled, Engine, Linux, MOST_FLOW_BYTES, MOST_STEP_MICROS, PacketPath, REFERENCE_HASH_NANOS,
     Timed, USEFUL_CALIBRATION,
 };
 use crate::screen::{BAD, BOLD, GOOD, WARN, paint};
@@ -16,6 +16,9 @@ impl Engine {
         if let Some(calibration) = self.calibration {
             print_times(calibration, &self.nanoseconds);
             print_rules(&self.rules);
+        }
+        if let Some(linux) = &self.linux {
+            print_linux(linux, &self.nanoseconds);
         }
     }
 
@@ -170,8 +173,23 @@ fn print_rules(rules: &[Compiled]) {
     }
 }
 
+fn print_linux(linux: &Linux, times: &[Timed]) {
+    heading(
+        "Linux beside it: the kernel of this machine, nftables with the same clients, rules and frames",
+    );
+    match linux {
+        Linux::Skipped { reason } => anstream::println!("  skipped: {reason}"),
+        Linux::Measured(figures) => {
+            let ours = |name: &str| times.iter().find(|row| row.name == name);
+            let established = ours("established, 1,024 flows").map(|row| row.median);
+            let new = ours("new flow, 65,536 flows").map(|row| row.median);
+            figures.print(established, new);
+        }
+    }
+}
+
 /// A number, or room for one.
-fn number(value: Option<f64>) -> String {
+pub(super) fn number(value: Option<f64>) -> String {
     value.map_or(String::new(), |value| format!("{value:.1}"))
 }
 

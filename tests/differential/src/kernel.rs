@@ -107,8 +107,17 @@ fn command(program: &str) -> Command {
 }
 
 /// Moves this thread to a new namespace.
-fn enter() -> Result<()> {
+pub(crate) fn enter() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNET).context("network namespaces are not allowed here")
+}
+
+/// Makes the namespace of this thread forward, without limits of its own.
+pub(crate) fn configure() -> Result<()> {
+    for (name, value) in SETTINGS {
+        let path = format!("/proc/sys/net/{name}");
+        fs::write(&path, value).with_context(|| format!("cannot write {path}"))?;
+    }
+    Ok(())
 }
 
 /// Waits until the kernel knows its IPv6 addresses as its own: it adds them to its routes later, from a
@@ -150,7 +159,7 @@ fn await_addresses() -> Result<()> {
 }
 
 /// Runs a program with this standard input.
-fn run(program: &str, arguments: &[&str], input: &str) -> Result<()> {
+pub(crate) fn run(program: &str, arguments: &[&str], input: &str) -> Result<()> {
     let mut child = command(program)
         .args(arguments)
         .stdin(Stdio::piped())
@@ -173,10 +182,7 @@ impl Kernel {
     /// Moves this thread to a new namespace that is set up for `world`.
     pub(crate) fn new(world: &World) -> Result<Self> {
         enter()?;
-        for (name, value) in SETTINGS {
-            let path = format!("/proc/sys/net/{name}");
-            fs::write(&path, value).with_context(|| format!("cannot write {path}"))?;
-        }
+        configure()?;
         run("ip", &["-batch", "-"], &Self::devices_batch())?;
         let names = [UPLINK]
             .into_iter()

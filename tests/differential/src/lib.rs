@@ -28,6 +28,7 @@ mod ruleset;
 mod script;
 mod seen;
 mod shrink;
+mod speed;
 mod strays;
 mod talk;
 mod work;

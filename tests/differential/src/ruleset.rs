@@ -14,14 +14,45 @@ use std::net::IpAddr;
 use crate::rules::{Proto, Rule, Target, Tree};
 use crate::world::{ABSENT, CLIENTS, HOSTS, VIRTUAL_RESOLVERS, World};
 
+/// Who is where.
+#[derive(Debug)]
+pub(crate) struct Clients {
+    /// Addresses and the interfaces that they are behind.
+    pub(crate) attached: Vec<(String, IpAddr)>,
+    /// Addresses of qubes that are configured and not attached.
+    pub(crate) absent: Vec<IpAddr>,
+}
+
+impl Clients {
+    fn attached(&self, v6: bool) -> impl Iterator<Item = (&str, IpAddr)> {
+        let attached = self.attached.iter();
+        attached
+            .filter(move |(_, own)| own.is_ipv6() == v6)
+            .map(|(name, own)| (name.as_str(), *own))
+    }
+}
+
 /// Writes the whole ruleset, which replaces the one before.
 pub(crate) fn text(world: &World) -> String {
+    let attached = CLIENTS.iter().flat_map(|client| {
+        let own = client.addresses.iter();
+        own.map(|own| (client.name.to_owned(), *own))
+    });
+    let clients = Clients {
+        attached: attached.collect(),
+        absent: ABSENT.to_vec(),
+    };
+    text_for(world, &clients, &[false, true])
+}
+
+/// Writes the whole ruleset for these clients, of IPv4 (`false`), IPv6 (`true`) or both.
+pub(crate) fn text_for(world: &World, clients: &Clients, families: &[bool]) -> String {
     let mut out = String::from("flush ruleset\n");
-    for v6 in [false, true] {
-        base(&mut out, world, v6);
+    for v6 in families {
+        base(&mut out, world, clients, *v6);
     }
-    for v6 in [false, true] {
-        agent(&mut out, world, v6);
+    for v6 in families {
+        agent(&mut out, world, clients, *v6);
     }
     out
 }
@@ -35,18 +66,12 @@ fn set_of<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     format!("{{ {} }}", items.join(", "))
 }
 
-fn base(out: &mut String, world: &World, v6: bool) {
+fn base(out: &mut String, world: &World, clients: &Clients, v6: bool) {
     let ip = family(v6);
     let kind = if v6 { "ipv6_addr" } else { "ipv4_addr" };
-    let attached = || {
-        CLIENTS.iter().flat_map(move |client| {
-            let own = client.addresses.iter();
-            own.filter(move |own| own.is_ipv6() == v6)
-                .map(move |own| (client.name, own))
-        })
-    };
-    let allowed = set_of(attached().map(|(name, own)| format!("\"{name}\" . {own}")));
-    let downstream = set_of(attached().map(|(_, own)| own));
+    let allowed = clients.attached(v6);
+    let allowed = set_of(allowed.map(|(name, own)| format!("\"{name}\" . {own}")));
+    let downstream = set_of(clients.attached(v6).map(|(_, own)| own));
     let input = if v6 {
         "jump custom-input
             ct state invalid drop
@@ -129,10 +154,11 @@ fn dns(world: &World) -> String {
     )
 }
 
-fn agent(out: &mut String, world: &World, v6: bool) {
+fn agent(out: &mut String, world: &World, clients: &Clients, v6: bool) {
     let ip = family(v6);
-    let attached = CLIENTS.iter().flat_map(|client| client.addresses);
-    let connected = set_of(attached.chain(&ABSENT).filter(|own| own.is_ipv6() == v6));
+    let absent = clients.absent.iter().filter(|own| own.is_ipv6() == v6);
+    let attached = clients.attached(v6).map(|(_, own)| own);
+    let connected = set_of(attached.chain(absent.copied()));
     let mut chains = String::new();
     let mut jumps = String::new();
     for (number, (address, tree)) in world.trees.iter().enumerate() {

@@ -16,6 +16,7 @@ use crate::replay;
 use crate::report::{self, Total};
 use crate::script::Script;
 use crate::shrink;
+use crate::speed;
 
 /// The seed when nobody gives one: every run of CI is the same.
 const SEED: u64 = 0x0051_7562_6573;
@@ -42,6 +43,9 @@ pub struct Options {
     /// Go on for so long instead
     #[arg(long)]
     hours: Option<f64>,
+    /// Compare nothing, but measure what a packet costs the kernel with the rules of 250 clients
+    #[arg(long, conflicts_with_all = ["hours", "rule_sets", "packets"])]
+    speed: bool,
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -69,6 +73,15 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             println!("SKIPPED: {reason}");
         }
         return Ok(ExitCode::from(77));
+    }
+    if options.speed {
+        let figures = speed::measure()?;
+        if options.json {
+            println!("{:#}", figures.json());
+        } else {
+            println!("{}", figures.text());
+        }
+        return Ok(ExitCode::SUCCESS);
     }
     let begun = Instant::now();
     let bar = if options.json {

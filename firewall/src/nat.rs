@@ -199,7 +199,7 @@ impl<A: Address> Mappings<A> {
                     .and_then(|at| pool.get(at))
                     .map_or(0, |own| Self::hash(key, own.src, own.port, own.protocol))
             });
-        if !inserted {
+        if inserted.is_none() {
             return false;
         }
         self.free = next;

@@ -1,5 +1,6 @@
 //! One tracked flow: what a packet of either direction needs, in two cache lines for IPv4.
 
+use super::index::Location;
 use super::tcp::{Last, Patience, Side, State};
 use crate::address::Address;
 use crate::frame::Time;
@@ -119,10 +120,14 @@ pub(crate) struct Half<A> {
     pub(crate) seen: Ticks,
     pub(crate) packets: u32,
     pub(crate) tcp: Side,
+    /// The low half of where its reference lies in the index.
+    location_low: u16,
 }
 
 // Flags of a flow.
 pub(crate) const LIVE: u8 = 1;
+/// Of an entry without [`LIVE`]: it has idled out, and is still in the index and in its owner's list.
+pub(super) const RETIRED: u8 = 2;
 pub(crate) const REPLIED: u8 = 2;
 pub(crate) const ASSURED: u8 = 4;
 /// It left with a port of our choice.
@@ -162,6 +167,8 @@ pub(crate) struct Flow<A> {
     pub(crate) patience: Patience,
     pub(crate) flags: u8,
     pub(crate) last: Last,
+    /// The rest of where the references of its two directions lie in the index.
+    location_high: [u8; 2],
 }
 
 const _: () = assert!(size_of::<Flow<crate::address::V4>>() == 128);
@@ -192,6 +199,24 @@ impl<A: Address> Flow<A> {
             flow.flags |= DESTINATION_CHANGED;
         }
         flow
+    }
+
+    /// Where the reference of one direction lies in the index.
+    #[inline(always)]
+    pub(super) fn location(&self, reply: bool) -> Location {
+        let [original, replying] = self.location_high;
+        let high = if reply { replying } else { original };
+        Location::from_bits(u32::from(high) << 16 | u32::from(self.side(reply).location_low))
+    }
+
+    /// Remembers where the references of both directions lie.
+    #[inline(always)]
+    pub(super) fn set_locations(&mut self, [original, reply]: [Location; 2]) {
+        let [a, b] = [original.to_bits(), reply.to_bits()];
+        let [first, second] = &mut self.half;
+        first.location_low = low16(a);
+        second.location_low = low16(b);
+        self.location_high = [a, b].map(|bits| bits.to_le_bytes()[2]);
     }
 
     /// The key of one direction.

@@ -10,6 +10,8 @@
 //! the caller compares the whole key. Twelve short tags instead of eight long ones make a bucket hold
 //! half as much again, and need no vector instructions.
 //!
+//! An insertion tells [where](Location) the reference lies, so that a removal need not hash the key again.
+//!
 //! The hash is keyed (see [`crate::hash`]), tag and buckets use different parts of it. A lookup reads
 //! at most two buckets, whatever clients send.
 
@@ -21,8 +23,44 @@ use crate::wire::low32;
 /// References in a bucket.
 const SLOTS: usize = 12;
 
-/// Slots whose tags are in the first word.
+/// Slots whose tags are compared first.
 const LOW_SLOTS: u32 = 8;
+
+/// Slots of a bucket, to count with.
+const SLOT_COUNT: u32 = 12;
+
+/// Where a reference lies, in 24 bits: the number of its bucket above four bits with that of its slot.
+///
+/// Known only for a reference in the first bucket of its key, because a removal from the second one must
+/// tell the first; and only in the first 2^20 buckets, which is all of them up to four million flows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Location(u32);
+
+impl Location {
+    /// The key must be hashed to find the reference. No slot has this number.
+    pub(crate) const UNKNOWN: Self = Self(0x00ff_ffff);
+
+    #[inline(always)]
+    const fn new(bucket: u32, slot: u32) -> Self {
+        if bucket < 1 << 20 {
+            Self(bucket << 4 | slot)
+        } else {
+            Self::UNKNOWN
+        }
+    }
+
+    /// As a number of at most 24 bits.
+    #[inline(always)]
+    pub(crate) const fn to_bits(self) -> u32 {
+        self.0
+    }
+
+    /// From [`Self::to_bits`].
+    #[inline(always)]
+    pub(crate) const fn from_bits(bits: u32) -> Self {
+        Self(bits)
+    }
+}
 
 /// A one in every byte.
 const ONES: u64 = 0x0101_0101_0101_0101;
@@ -59,10 +97,7 @@ impl Reference {
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 struct Bucket {
-    /// Tags of the first eight slots, the first one in the lowest byte.
-    low_tags: u64,
-    /// Tags of the other four.
-    high_tags: u32,
+    tags: [u8; SLOTS],
     /// Keys that belong here and went to their second bucket.
     overflowed: u32,
     references: [u32; SLOTS],
@@ -79,18 +114,29 @@ const fn matching(tags: u64, tag: u8) -> u64 {
 }
 
 impl Bucket {
+    /// The tags of the first eight slots, the first one in the lowest byte, and those of the other four.
+    #[inline(always)]
+    fn tag_words(&self) -> (u64, u32) {
+        let [a, b, c, d, e, f, g, h, rest @ ..] = self.tags;
+        (
+            u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+            u32::from_le_bytes(rest),
+        )
+    }
+
     /// The first slot from `from` on that may have this tag.
     #[inline(always)]
     fn slot_from(&self, tag: u8, from: u32) -> Option<u32> {
+        let (low_tags, high_tags) = self.tag_words();
         if from < LOW_SLOTS {
-            let marks = matching(self.low_tags, tag) >> (from * 8) << (from * 8);
+            let marks = matching(low_tags, tag) >> (from * 8) << (from * 8);
             if marks != 0 {
                 return Some(marks.trailing_zeros() >> 3);
             }
         }
         let skipped = from.saturating_sub(LOW_SLOTS) * 8;
         // The four bytes above hold no tags, and no tag is like them.
-        let tags = u64::from(self.high_tags) | 0xffff_ffff << 32;
+        let tags = u64::from(high_tags) | 0xffff_ffff << 32;
         let marks = (matching(tags, tag) & 0x8080_8080).checked_shr(skipped)?;
         let marks = marks << skipped;
         (marks != 0).then(|| LOW_SLOTS + (marks.trailing_zeros() >> 3))
@@ -102,17 +148,12 @@ impl Bucket {
         Reference(self.references.get(at).copied().unwrap_or(0))
     }
 
+    #[inline(always)]
     fn set(&mut self, slot: u32, tag: u8, reference: Reference) {
         let at = usize::try_from(slot).unwrap_or(SLOTS);
-        if let Some(own) = self.references.get_mut(at) {
+        if let (Some(own_tag), Some(own)) = (self.tags.get_mut(at), self.references.get_mut(at)) {
+            *own_tag = tag;
             *own = reference.0;
-        }
-        if slot < LOW_SLOTS {
-            let shift = slot * 8;
-            self.low_tags = self.low_tags & !(0xff << shift) | u64::from(tag) << shift;
-        } else if slot < LOW_SLOTS + 4 {
-            let shift = (slot - LOW_SLOTS) * 8;
-            self.high_tags = self.high_tags & !(0xff << shift) | u32::from(tag) << shift;
         }
     }
 }
@@ -234,23 +275,47 @@ impl Index {
         }
     }
 
-    /// Adds a key. `hash_of` gives the hash of a reference's key, to move it to its other bucket.
+    /// Adds a key; says where its reference lies. `hash_of` gives the hash of a reference's key, to move
+    /// it to its other bucket.
     ///
-    /// Returns false if there is no room; nothing has changed then.
+    /// Returns `None` if there is no room; nothing has changed then.
+    #[inline(always)]
     pub(crate) fn insert(
         &mut self,
         place: Place,
         reference: Reference,
         hash_of: impl Fn(Reference) -> u64,
-    ) -> bool {
-        self.put(place.first, place, reference)
-            || self.put_second(place, reference)
-            || (self.make_room(place.first, &hash_of) && self.put(place.first, place, reference))
-            || (self.make_room(self.second(place), &hash_of) && self.put_second(place, reference))
+    ) -> Option<Location> {
+        match self.put(place.first, place, reference) {
+            Some(slot) => Some(Location::new(place.first, slot)),
+            None => self.insert_elsewhere(place, reference, hash_of),
+        }
+    }
+
+    /// Adds a key whose first bucket is full.
+    #[cold]
+    #[inline(never)]
+    fn insert_elsewhere(
+        &mut self,
+        place: Place,
+        reference: Reference,
+        hash_of: impl Fn(Reference) -> u64,
+    ) -> Option<Location> {
+        if self.put_second(place, reference) {
+            return Some(Location::UNKNOWN);
+        }
+        if self.make_room(place.first, &hash_of)
+            && let Some(slot) = self.put(place.first, place, reference)
+        {
+            return Some(Location::new(place.first, slot));
+        }
+        let second = self.second(place);
+        (self.make_room(second, &hash_of) && self.put_second(place, reference))
+            .then_some(Location::UNKNOWN)
     }
 
     fn put_second(&mut self, place: Place, reference: Reference) -> bool {
-        if !self.put(self.second(place), place, reference) {
+        if self.put(self.second(place), place, reference).is_none() {
             return false;
         }
         if let Some(first) = self.bucket_mut(place.first) {
@@ -259,24 +324,19 @@ impl Index {
         true
     }
 
-    #[inline]
-    fn put(&mut self, bucket: u32, place: Place, reference: Reference) -> bool {
-        let Some(bucket) = self.bucket_mut(bucket) else {
-            return false;
-        };
-        match bucket.slot_from(0, 0) {
-            Some(slot) => {
-                bucket.set(slot, place.tag(), reference);
-                true
-            }
-            None => false,
-        }
+    /// Puts a reference into a free slot of a bucket; says in which.
+    #[inline(always)]
+    fn put(&mut self, bucket: u32, place: Place, reference: Reference) -> Option<u32> {
+        let bucket = self.bucket_mut(bucket)?;
+        let slot = bucket.slot_from(0, 0)?;
+        bucket.set(slot, place.tag(), reference);
+        Some(slot)
     }
 
     /// Moves one key of a full bucket to its other bucket.
     #[cold]
     fn make_room(&mut self, number: u32, hash_of: &impl Fn(Reference) -> u64) -> bool {
-        for slot in 0..LOW_SLOTS + 4 {
+        for slot in 0..SLOT_COUNT {
             let Some(bucket) = self.bucket(number) else {
                 return false;
             };
@@ -288,7 +348,7 @@ impl Index {
             let moved = if place.first == number {
                 self.put_second(place, reference)
             } else {
-                let back = self.put(place.first, place, reference);
+                let back = self.put(place.first, place, reference).is_some();
                 if let (true, Some(first)) = (back, self.bucket_mut(place.first)) {
                     first.overflowed = first.overflowed.saturating_sub(1);
                 }
@@ -304,7 +364,24 @@ impl Index {
         false
     }
 
+    /// Removes a reference from where it was put; false if it has moved meanwhile.
+    #[inline(always)]
+    pub(crate) fn remove_at(&mut self, at: Location, reference: Reference) -> bool {
+        let slot = usize::try_from(at.0 & 0xf).unwrap_or(SLOTS);
+        let Some(bucket) = self.bucket_mut(at.0 >> 4) else {
+            return false;
+        };
+        match (bucket.tags.get_mut(slot), bucket.references.get(slot)) {
+            (Some(tag), Some(own)) if *own == reference.0 && *tag != 0 => {
+                *tag = 0;
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Removes a key that is in the index.
+    #[cold]
     pub(crate) fn remove(&mut self, place: Place, reference: Reference) {
         if self.take(place.first, place.tag(), reference) {
             return;
@@ -339,9 +416,7 @@ impl Index {
     #[cfg(test)]
     fn len(&self) -> usize {
         let used = |bucket: &Bucket| {
-            let tags = bucket.low_tags.to_le_bytes().into_iter();
-            let tags = tags.chain(bucket.high_tags.to_le_bytes());
-            tags.filter(|tag| *tag != 0).count()
+            bucket.tags.iter().filter(|tag| **tag != 0).count()
         };
         self.buckets.iter().map(used).sum()
     }
@@ -369,10 +444,8 @@ mod tests {
         let mut index = Index::new(flows);
         for number in 0..2 * flows {
             let reference = Reference(number);
-            assert!(
-                index.insert(index.place(hash(reference)), reference, hash),
-                "{number}"
-            );
+            let inserted = index.insert(index.place(hash(reference)), reference, hash);
+            assert!(inserted.is_some(), "{number}");
         }
         assert!((0..2 * flows).all(|number| present(&index, Reference(number))));
         assert!(!present(&index, Reference(2 * flows)));
@@ -384,12 +457,15 @@ mod tests {
         let mut inside = alloc::vec::Vec::new();
         for number in 0..10_000 {
             let reference = Reference(number);
-            if index.insert(index.place(hash(reference)), reference, hash) {
-                inside.push(reference);
+            if let Some(inserted) = index.insert(index.place(hash(reference)), reference, hash) {
+                inside.push((reference, inserted));
             }
         }
-        for reference in inside {
-            index.remove(index.place(hash(reference)), reference);
+        for (reference, at) in inside {
+            // What has moved meanwhile is found by its hash.
+            if !index.remove_at(at, reference) {
+                index.remove(index.place(hash(reference)), reference);
+            }
         }
         assert_eq!(index.len(), 0);
         assert!(index.buckets.iter().all(|bucket| bucket.overflowed == 0));
@@ -408,7 +484,7 @@ mod tests {
                     if model.remove(&number) {
                         index.remove(place, reference);
                     }
-                } else if !model.contains(&number) && index.insert(place, reference, hash) {
+                } else if !model.contains(&number) && index.insert(place, reference, hash).is_some() {
                     model.insert(number);
                 }
                 prop_assert_eq!(index.len(), model.len());

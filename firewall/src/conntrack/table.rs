@@ -18,13 +18,20 @@
 //! The free list runs through entries that may still be linked in a slot of the wheel: they keep their
 //! place there, and a new flow inherits it. It is then looked at once too early or at most a round too
 //! late.
+//!
+//! # What has idled out
+//!
+//! Many flows can idle out within a second, so that costs little: the flow is *retired*, which takes it
+//! out of every count and puts its entry in a list. It stays in the index and in its owner's list until
+//! somebody needs the entry, or until a packet with its key finds it: it is overdue, and ends for good. So
+//! the work to take a flow apart is done once for every flow that starts, and never in a burst.
 
 use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::flow::{Flow, IN_ASSURED_LIST, Key, LIVE, ON_WHEEL, REMAPPED, Ticks};
-use super::index::{Index, Place, Reference};
+use super::flow::{Flow, IN_ASSURED_LIST, Key, LIVE, ON_WHEEL, REMAPPED, RETIRED, Ticks};
+use super::index::{Index, Location, Place, Reference};
 use crate::address::Address;
 use crate::config::{MAX_FLOWS, MIN_FLOWS};
 use crate::hash::HashKey;
@@ -79,6 +86,8 @@ pub(crate) struct FlowTable<A: Address> {
     index: Index,
     key: HashKey,
     free: u32,
+    /// Entries of flows that have idled out, linked as in a slot of the wheel.
+    retired: u32,
     live: u32,
     owners: Box<[Owner]>,
     /// Owners that have flows.
@@ -115,6 +124,7 @@ impl<A: Address> FlowTable<A> {
             index: Index::new(capacity),
             key,
             free: NONE,
+            retired: NONE,
             live: 0,
             owners: vec![owner; usize::from(owners)].into_boxed_slice(),
             active_owners: 0,
@@ -128,7 +138,7 @@ impl<A: Address> FlowTable<A> {
         }
     }
 
-    /// Flows that are in the table, overdue ones that were not found yet included.
+    /// Flows that are alive, overdue ones that were not found yet included.
     pub(crate) const fn len(&self) -> u32 {
         self.live
     }
@@ -253,6 +263,7 @@ impl<A: Address> FlowTable<A> {
     /// # Errors
     ///
     /// [`NoRoom`], if its keys do not fit the index even after others made room.
+    #[inline(always)]
     pub(crate) fn insert(
         &mut self,
         flow: &Flow<A>,
@@ -261,34 +272,37 @@ impl<A: Address> FlowTable<A> {
     ) -> Result<(u32, bool), NoRoom> {
         let unused = u32::try_from(self.flows.len()).unwrap_or(NONE);
         let fresh = self.free == NONE && unused < self.capacity;
-        let evicted = self.free == NONE && !fresh;
-        if evicted && !self.evict(flow.owner, now) {
-            return Err(NoRoom);
-        }
+        let evicted = self.free == NONE && !fresh && self.make_room(flow.owner, now)?;
         let number = if fresh { unused } else { self.free };
-        if !self.index_insert(original, Reference::new(number, false)) {
+        let first = Reference::new(number, false);
+        let Some(original_at) = self.index_insert(original, first) else {
             return Err(NoRoom);
-        }
-        if !self.index_insert(reply, Reference::new(number, true)) {
-            self.index.remove(original, Reference::new(number, false));
+        };
+        let Some(reply_at) = self.index_insert(reply, Reference::new(number, true)) else {
+            self.index.remove(original, first);
             return Err(NoRoom);
-        }
+        };
+        let mut on_wheel = false;
         if fresh {
             self.flows.push(*flow);
-            self.link_timer(number, now);
         } else {
             let Some(entry) = self.flows.get_mut(as_index(number)) else {
                 return Err(NoRoom);
             };
             self.free = entry.list_next;
-            let wheel = entry.flags & ON_WHEEL;
+            on_wheel = entry.flags & ON_WHEEL != 0;
             let timer_next = entry.timer_next;
             *entry = *flow;
-            entry.flags |= wheel;
             entry.timer_next = timer_next;
-            if wheel == 0 {
-                self.link_timer(number, now);
-            }
+        }
+        let Some(entry) = self.flows.get_mut(as_index(number)) else {
+            return Err(NoRoom);
+        };
+        entry.set_locations([original_at, reply_at]);
+        entry.flags |= ON_WHEEL;
+        if !on_wheel {
+            let timeout = entry.timeout();
+            self.link_timer(number, now.plus(timeout.wrapping_add(1)), now);
         }
         self.live += 1;
         if let Some(owner) = self.owners.get_mut(usize::from(flow.owner)) {
@@ -299,7 +313,8 @@ impl<A: Address> FlowTable<A> {
         Ok((number, evicted))
     }
 
-    fn index_insert(&mut self, place: Place, reference: Reference) -> bool {
+    #[inline(always)]
+    fn index_insert(&mut self, place: Place, reference: Reference) -> Option<Location> {
         let flows = &self.flows;
         let key = &self.key;
         self.index.insert(place, reference, |other| {
@@ -310,32 +325,65 @@ impl<A: Address> FlowTable<A> {
         })
     }
 
-    /// Removes a live flow. Its entry can be used again at once.
-    pub(crate) fn remove(&mut self, number: u32) {
-        let Some(flow) = self.get(number).filter(|flow| flow.flags & LIVE != 0) else {
+    /// Removes a flow. Its entry can be used again at once. Returns whether the flow was alive.
+    pub(crate) fn remove(&mut self, number: u32) -> bool {
+        let Some(flow) = self.get(number) else {
+            return false;
+        };
+        let (flags, owner) = (flow.flags, flow.owner);
+        if flags & LIVE == 0 {
+            if flags & RETIRED != 0 {
+                // Its entry stays in the list of retired ones.
+                self.take_apart(number);
+            }
+            return false;
+        }
+        if flags & REMAPPED != 0 {
+            self.release_mapping(number);
+        }
+        self.take_apart(number);
+        self.count_out(owner);
+        self.put_free(number);
+        true
+    }
+
+    /// Takes a flow out of the index and out of its owner's list.
+    #[inline(always)]
+    fn take_apart(&mut self, number: u32) {
+        self.removals = self.removals.wrapping_add(1);
+        self.unlink_owner(number);
+        let Some(flow) = self.flows.get_mut(as_index(number)) else {
             return;
         };
-        let flow = *flow;
-        self.removals = self.removals.wrapping_add(1);
+        flow.flags &= ON_WHEEL;
         for reply in [false, true] {
-            let place = self.place(&flow.key(reply));
-            self.index.remove(place, Reference::new(number, reply));
+            let reference = Reference::new(number, reply);
+            if !self.index.remove_at(flow.location(reply), reference) {
+                let key = flow.key(reply);
+                let hash = A::key_hash(&self.key, key.src, key.dst, key.ports, key.protocol);
+                self.index.remove(self.index.place(hash), reference);
+            }
         }
-        if flow.flags & REMAPPED != 0 {
-            let original = flow.side(false);
-            self.mappings
-                .release(original.src, high16(original.ports), flow.protocol);
-        }
-        self.unlink_owner(number);
-        if let Some(owner) = self.owners.get_mut(usize::from(flow.owner)) {
+    }
+
+    /// One live flow of an owner less.
+    #[inline(always)]
+    fn count_out(&mut self, owner: u16) {
+        if let Some(owner) = self.owners.get_mut(usize::from(owner)) {
             owner.flows = owner.flows.saturating_sub(1);
             self.active_owners -= u32::from(owner.flows == 0);
         }
         self.live = self.live.saturating_sub(1);
-        if let Some(flow) = self.get_mut(number) {
-            flow.flags &= ON_WHEEL;
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn release_mapping(&mut self, number: u32) {
+        if let Some(flow) = self.flows.get(as_index(number)) {
+            let original = flow.side(false);
+            self.mappings
+                .release(original.src, high16(original.ports), flow.protocol);
         }
-        self.put_free(number);
     }
 
     /// Removes everything.
@@ -344,6 +392,7 @@ impl<A: Address> FlowTable<A> {
         self.index.clear();
         self.mappings.clear();
         self.free = NONE;
+        self.retired = NONE;
         self.live = 0;
         self.active_owners = 0;
         self.due = NONE;
@@ -366,34 +415,50 @@ impl<A: Address> FlowTable<A> {
 
     // Fair shares.
 
-    /// Makes one entry free.
-    #[cold]
-    fn evict(&mut self, for_owner: u16, now: Ticks) -> bool {
-        let share = self.capacity() / self.active_owners.max(1);
+    /// Makes one entry free; says whether a live flow had to go.
+    #[inline(never)]
+    fn make_room(&mut self, for_owner: u16, now: Ticks) -> Result<bool, NoRoom> {
+        let number = self.retired;
+        if let Some(flow) = self.get(number) {
+            let retired = flow.flags & RETIRED != 0;
+            self.retired = flow.timer_next;
+            if retired {
+                self.take_apart(number);
+            }
+            self.put_free(number);
+            return Ok(false);
+        }
+        self.evict(for_owner, now).ok_or(NoRoom)?;
+        Ok(true)
+    }
+
+    /// Ends a live flow.
+    #[inline(always)]
+    fn evict(&mut self, for_owner: u16, now: Ticks) -> Option<()> {
+        let share = match self.active_owners {
+            0 | 1 => self.capacity,
+            owners => self.capacity / owners,
+        };
         let from = if self.flows_of(for_owner) >= share.max(1) {
             Some(usize::from(for_owner))
         } else {
             self.owner_above(share)
         };
-        let victim = from.and_then(|owner| self.victim(owner, now));
-        match victim {
-            Some(number) => {
-                self.remove(number);
-                true
-            }
-            None => false,
-        }
+        let victim = self.victim(from?, now)?;
+        self.remove(victim);
+        Some(())
     }
 
     /// The next owner that holds at least a fair share. One exists when the table is full.
     fn owner_above(&mut self, share: u32) -> Option<usize> {
-        let count = self.owners.len();
+        let is_above = |at: &usize| {
+            let owner = self.owners.get(*at);
+            owner.is_some_and(|owner| owner.flows >= share.max(1))
+        };
         let start = self.owner_cursor;
-        let found = (0..count).map(|step| (start + step) % count).find(|at| {
-            self.owners
-                .get(*at)
-                .is_some_and(|owner| owner.flows >= share.max(1))
-        })?;
+        let found = (start..self.owners.len())
+            .chain(0..start)
+            .find(is_above)?;
         self.owner_cursor = found;
         Some(found)
     }
@@ -429,110 +494,110 @@ impl<A: Address> FlowTable<A> {
         }
     }
 
-    fn list(&mut self, owner: u16, assured: bool) -> Option<&mut List> {
-        let owner = self.owners.get_mut(usize::from(owner))?;
-        Some(if assured {
+    /// Appends a flow to the list of its owner that it belongs in.
+    #[inline(never)]
+    fn link_owner(&mut self, number: u32) {
+        let Some(flow) = self.flows.get_mut(as_index(number)) else {
+            return;
+        };
+        let Some(owner) = self.owners.get_mut(usize::from(flow.owner)) else {
+            return;
+        };
+        let list = if flow.is_transient() {
+            flow.flags &= !IN_ASSURED_LIST;
+            &mut owner.transient
+        } else {
+            flow.flags |= IN_ASSURED_LIST;
+            &mut owner.assured
+        };
+        let previous = core::mem::replace(&mut list.last, number);
+        flow.list_next = NONE;
+        flow.list_previous = previous;
+        if previous == NONE {
+            list.first = number;
+        } else if let Some(previous) = self.flows.get_mut(as_index(previous)) {
+            previous.list_next = number;
+        }
+    }
+
+    #[inline(always)]
+    fn unlink_owner(&mut self, number: u32) {
+        let Some(flow) = self.get(number) else { return };
+        let assured = flow.flags & IN_ASSURED_LIST != 0;
+        let (previous, next) = (flow.list_previous, flow.list_next);
+        let Some(owner) = self.owners.get_mut(usize::from(flow.owner)) else {
+            return;
+        };
+        let list = if assured {
             &mut owner.assured
         } else {
             &mut owner.transient
-        })
-    }
-
-    #[inline(never)]
-    fn link_owner(&mut self, number: u32) {
-        let Some(flow) = self.get_mut(number) else {
-            return;
         };
-        let assured = !flow.is_transient();
-        flow.flags &= !IN_ASSURED_LIST;
-        if assured {
-            flow.flags |= IN_ASSURED_LIST;
+        match self.flows.get_mut(as_index(previous)) {
+            Some(previous) => previous.list_next = next,
+            None => list.first = next,
         }
-        flow.list_next = NONE;
-        let owner = flow.owner;
-        let Some(list) = self.list(owner, assured) else {
-            return;
-        };
-        let previous = core::mem::replace(&mut list.last, number);
-        if previous == NONE {
-            list.first = number;
-        } else if let Some(previous) = self.get_mut(previous) {
-            previous.list_next = number;
-        }
-        if let Some(flow) = self.get_mut(number) {
-            flow.list_previous = previous;
-        }
-    }
-
-    #[inline(never)]
-    fn unlink_owner(&mut self, number: u32) {
-        let Some(flow) = self.get(number) else { return };
-        let (owner, assured) = (flow.owner, flow.flags & IN_ASSURED_LIST != 0);
-        let (previous, next) = (flow.list_previous, flow.list_next);
-        match previous {
-            NONE => {
-                if let Some(list) = self.list(owner, assured) {
-                    list.first = next;
-                }
-            }
-            previous => {
-                if let Some(flow) = self.get_mut(previous) {
-                    flow.list_next = next;
-                }
-            }
-        }
-        match next {
-            NONE => {
-                if let Some(list) = self.list(owner, assured) {
-                    list.last = previous;
-                }
-            }
-            next => {
-                if let Some(flow) = self.get_mut(next) {
-                    flow.list_previous = previous;
-                }
-            }
+        match self.flows.get_mut(as_index(next)) {
+            Some(next) => next.list_previous = previous,
+            None => list.last = previous,
         }
     }
 
     // The wheel.
 
-    fn link_timer(&mut self, number: u32, now: Ticks) {
+    /// Links a flow where it idles out.
+    #[inline(always)]
+    fn link_timer(&mut self, number: u32, deadline: Ticks, now: Ticks) {
         if !self.started {
             self.started = true;
             self.slot_done = now.0 >> SLOT_SHIFT;
         }
-        let slot_done = self.slot_done;
-        let Some(flow) = self.get_mut(number) else {
-            return;
-        };
         // One slot later than the deadline's, so that the flow is overdue when the slot is emptied.
-        let wanted = (flow.deadline(now).0 >> SLOT_SHIFT).wrapping_add(1);
-        let ahead = wanted.wrapping_sub(slot_done).clamp(1, SLOTS - 1);
-        let slot = slot_done.wrapping_add(ahead) & (SLOTS - 1);
+        let wanted = (deadline.0 >> SLOT_SHIFT).wrapping_add(1);
+        let ahead = wanted.wrapping_sub(self.slot_done).clamp(1, SLOTS - 1);
+        let slot = self.slot_done.wrapping_add(ahead) & (SLOTS - 1);
         let Some(head) = self.slots.get_mut(as_index(slot)) else {
             return;
         };
         let next = core::mem::replace(head, number);
-        if let Some(flow) = self.get_mut(number) {
+        if let Some(flow) = self.flows.get_mut(as_index(number)) {
             flow.timer_next = next;
             flow.flags |= ON_WHEEL;
         }
     }
 
-    /// Takes the next flow out of the wheel whose slot has come. The caller must give it to
-    /// [`Self::keep`] or [`Self::remove`]. Returns `None` when nothing is left to do by `now`.
-    pub(crate) fn next_due(&mut self, now: Ticks) -> Option<u32> {
+    /// Retires the flows that have idled out, and takes the next other one out of the wheel whose slot
+    /// has come. The caller must give it to [`Self::keep`] or [`Self::remove`]. Returns `None` when
+    /// nothing is left to do by `now`, or `budget` entries were looked at. Counts what it retired in
+    /// `expired`.
+    pub(crate) fn next_due(
+        &mut self,
+        now: Ticks,
+        budget: &mut u32,
+        expired: &mut u64,
+    ) -> Option<u32> {
         loop {
             while self.due != NONE {
+                *budget = budget.checked_sub(1)?;
                 let number = self.due;
-                let flow = self.get_mut(number)?;
-                flow.flags &= !ON_WHEEL;
-                let live = flow.flags & LIVE != 0;
+                let flow = self.flows.get_mut(as_index(number))?;
                 self.due = flow.timer_next;
-                if live {
+                flow.flags &= !ON_WHEEL;
+                if flow.flags & LIVE == 0 {
+                    continue;
+                }
+                if !flow.is_overdue(now) {
                     return Some(number);
                 }
+                *expired = expired.wrapping_add(1);
+                if flow.flags & REMAPPED != 0 {
+                    self.remove(number);
+                    continue;
+                }
+                flow.flags = flow.flags & IN_ASSURED_LIST | RETIRED;
+                flow.timer_next = core::mem::replace(&mut self.retired, number);
+                let owner = flow.owner;
+                self.count_out(owner);
             }
             let slot_now = now.0 >> SLOT_SHIFT;
             let behind = slot_now.wrapping_sub(self.slot_done) & (u32::MAX >> SLOT_SHIFT);
@@ -553,7 +618,9 @@ impl<A: Address> FlowTable<A> {
 
     /// Puts a flow back into the wheel.
     pub(crate) fn keep(&mut self, number: u32, now: Ticks) {
-        self.link_timer(number, now);
+        if let Some(flow) = self.get(number) {
+            self.link_timer(number, flow.deadline(now), now);
+        }
     }
 
     /// When [`Self::next_due`] can next have something, if ever.

@@ -66,9 +66,9 @@ const SIDE_UNACKNOWLEDGED: u8 = 32;
 const LAST_SIMULTANEOUS_OPEN: u8 = 64;
 const LAST_CHALLENGE_EXPECTED: u8 = 128;
 
-/// What is known about one endpoint.
+/// What is known about one endpoint. Packed, so that two bytes are left in the half of a flow.
 #[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
+#[repr(C, packed(2))]
 pub(crate) struct Side {
     /// Highest sequence number it has sent, plus one.
     end: u32,
@@ -82,9 +82,10 @@ pub(crate) struct Side {
     flags: u8,
 }
 
-/// What the flow did last, to come back into step with endpoints that know better.
+/// What the flow did last, to come back into step with endpoints that know better. Packed, so that two
+/// bytes are left in a flow.
 #[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
+#[repr(C, packed(2))]
 pub(crate) struct Last {
     end: u32,
     window: u16,

@@ -748,20 +748,11 @@ fn check_offload<A: Address>(
 /// Expires flows of one table; returns what is left of the budget.
 fn expire<A: Local>(core: &mut Core, table: &mut FlowTable<A>, now: Time, mut budget: u32) -> u32 {
     let ticks = Ticks::at(now);
-    while budget > 0 {
-        let Some(number) = table.next_due(ticks) else {
-            return budget;
-        };
-        budget -= 1;
+    let mut expired = core.counters.flows_expired;
+    while let Some(number) = table.next_due(ticks, &mut budget, &mut expired) {
         let Some(flow) = table.get(number) else {
             continue;
         };
-        let counters = &mut core.counters;
-        if flow.is_overdue(ticks) {
-            counters.flows_expired = counters.flows_expired.wrapping_add(1);
-            table.remove(number);
-            continue;
-        }
         let epoch = core.registry.source(flow.owner).map(|source| source.epoch);
         if epoch != Some(flow.epoch) && !forward::still_allowed(core, table, number) {
             core.counters.flows_cut = core.counters.flows_cut.wrapping_add(1);
@@ -770,7 +761,8 @@ fn expire<A: Local>(core: &mut Core, table: &mut FlowTable<A>, now: Time, mut bu
         }
         table.keep(number, ticks);
     }
-    0
+    core.counters.flows_expired = expired;
+    budget
 }
 
 /// The family of an address.

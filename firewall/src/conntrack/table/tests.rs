@@ -54,7 +54,8 @@ fn reply(table: &mut FlowTable<V4>, number: u32, now: Ticks) {
 fn has(table: &FlowTable<V4>, owner: u16, number: u32) -> bool {
     let original = table.find(&key(owner, number), false);
     assert_eq!(original, table.find(&reply_key(owner, number), true));
-    original.is_some()
+    // A retired flow is found, too, but is over.
+    original.is_some_and(|number| table.get(number).unwrap().flags & LIVE != 0)
 }
 
 #[test]
@@ -135,16 +136,11 @@ fn oldest_unreplied_flow_goes_first_and_recent_replied_ones_last() {
     }
 }
 
-/// Flows whose slots have come by `now`, kept or removed as the engine does.
-fn expire(table: &mut FlowTable<V4>, now: Ticks) -> u32 {
-    let mut expired = 0;
-    while let Some(number) = table.next_due(now) {
-        if table.get(number).unwrap().is_overdue(now) {
-            table.remove(number);
-            expired += 1;
-        } else {
-            table.keep(number, now);
-        }
+/// How many flows have idled out by `now`; the others are kept, as the engine does.
+fn expire(table: &mut FlowTable<V4>, now: Ticks) -> u64 {
+    let (mut budget, mut expired) = (u32::MAX, 0);
+    while let Some(number) = table.next_due(now, &mut budget, &mut expired) {
+        table.keep(number, now);
     }
     expired
 }
@@ -212,12 +208,16 @@ proptest! {
         let mut now = START;
         for (what, owner, number, ticks) in steps {
             match what {
-                0..=2 if table.find(&key(owner, number), false).is_none() => {
+                0..=2 if !has(&table, owner, number) => {
+                    // As the engine does with a flow that is over.
+                    if let Some(old) = table.find(&key(owner, number), false) {
+                        prop_assert!(!table.remove(old));
+                    }
                     prop_assert!(add(&mut table, owner, number, now).is_some());
                 }
                 3 => {
                     if let Some(flow) = table.find(&key(owner, number), false) {
-                        if ticks & 1 == 0 { table.remove(flow) } else { reply(&mut table, flow, now) }
+                        if ticks & 1 == 0 { table.remove(flow); } else { reply(&mut table, flow, now) }
                     }
                 }
                 _ => {
@@ -234,19 +234,50 @@ proptest! {
             .filter(|(owner, number)| has(&table, *owner, *number))
             .collect();
         prop_assert_eq!(live.len(), usize::try_from(table.len()).unwrap());
-        // Every list holds exactly its owner's flows.
+        // Every list holds exactly its owner's flows, and retired ones of it.
         for owner in 0..4_u16 {
             let lists = table.owners[usize::from(owner)];
             let mut listed = Vec::new();
             for list in [lists.transient, lists.assured] {
                 let mut at = list.first;
                 while at != NONE {
-                    listed.push(at);
-                    prop_assert_eq!(table.get(at).unwrap().owner, owner);
-                    at = table.get(at).unwrap().list_next;
+                    let flow = table.get(at).unwrap();
+                    prop_assert!(flow.flags & (LIVE | RETIRED) != 0);
+                    if flow.flags & LIVE != 0 {
+                        listed.push(at);
+                    }
+                    prop_assert_eq!(flow.owner, owner);
+                    at = flow.list_next;
                 }
             }
             prop_assert_eq!(u32::try_from(listed.len()).unwrap(), table.flows_of(owner));
         }
     }
+}
+
+#[test]
+fn retired_flows_make_room_before_any_live_one() {
+    let mut table = table(2);
+    for number in 0..MIN_FLOWS / 2 {
+        add(&mut table, 0, number, START).unwrap();
+    }
+    let later = START.plus(Ticks::in_seconds(40));
+    for number in 0..MIN_FLOWS / 2 {
+        add(&mut table, 1, number, later).unwrap();
+    }
+    assert_eq!(expire(&mut table, later), u64::from(MIN_FLOWS / 2));
+    assert_eq!((table.flows_of(0), table.len()), (0, MIN_FLOWS / 2));
+    // A packet with the key of a retired flow ends it for good, wherever it is in the list.
+    let old = table.find(&key(0, 5), false).unwrap();
+    assert!(!table.remove(old));
+    assert_eq!(table.find(&key(0, 5), false), None);
+    for number in 1000..1000 + MIN_FLOWS / 2 {
+        add(&mut table, 0, number, later).unwrap();
+    }
+    assert_eq!(
+        (table.flows_of(0), table.flows_of(1), table.len()),
+        (MIN_FLOWS / 2, MIN_FLOWS / 2, MIN_FLOWS)
+    );
+    assert!((0..MIN_FLOWS / 2).all(|number| has(&table, 1, number)));
+    assert!((0..MIN_FLOWS / 2).all(|number| table.find(&key(0, number), false).is_none()));
 }

@@ -198,6 +198,6 @@ mod tests {
         assert!(!advance(&Plain { window: 0, ..plain }));
         assert!(!advance(&Plain { seq: 9000, ..plain }));
         assert!(!advance(&Plain { ack: 1001, ..plain }));
-        assert_eq!(sender.end, 1100);
+        assert_eq!({ sender.end }, 1100);
     }
 }

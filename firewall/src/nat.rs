@@ -46,6 +46,7 @@ pub(crate) struct Translation<A> {
 /// Chooses how packets with the key `original` leave for `destination` from the address `own`.
 ///
 /// Returns `None` if no port is left.
+#[inline(always)]
 pub(crate) fn translate<A: Address>(
     table: &mut FlowTable<A>,
     random: &mut Random,
@@ -55,18 +56,61 @@ pub(crate) fn translate<A: Address>(
     own: A,
     now: Ticks,
 ) -> Option<Translation<A>> {
-    let source_port = high16(original.ports);
-    let reply_with = |port: u16| Key {
+    let port = high16(original.ports);
+    if table.mappings.used == 0 {
+        let reply = reply_with(original, destination, own, port);
+        let place = table.place(&reply);
+        if table.find_at(place, &reply, true).is_none() {
+            return Some(Translation {
+                reply,
+                place,
+                remapped: false,
+            });
+        }
+    }
+    let ways = Ways {
+        original: *original,
+        destination,
+        own,
+    };
+    choose(table, random, kind, &ways, now)
+}
+
+/// The key of replies to packets that leave with a source port.
+#[inline(always)]
+fn reply_with<A: Address>(original: &Key<A>, destination: A, own: A, port: u16) -> Key<A> {
+    Key {
         src: destination,
         dst: own,
         ports: u32::from(low16(original.ports)) << 16 | u32::from(port),
         protocol: original.protocol,
-    };
+    }
+}
+
+/// Between which addresses a port is chosen.
+struct Ways<A> {
+    original: Key<A>,
+    destination: A,
+    own: A,
+}
+
+/// [`translate`], when another port may be needed.
+#[cold]
+#[inline(never)]
+fn choose<A: Address>(
+    table: &mut FlowTable<A>,
+    random: &mut Random,
+    kind: Kind,
+    ways: &Ways<A>,
+    now: Ticks,
+) -> Option<Translation<A>> {
+    let original = &ways.original;
+    let source_port = high16(original.ports);
     let known = table
         .mappings
         .get(original.src, source_port, original.protocol);
     let mut attempt = |port: u16| {
-        let reply = reply_with(port);
+        let reply = reply_with(original, ways.destination, ways.own, port);
         let place = table.place(&reply);
         table
             .reply_is_free(place, &reply, now)

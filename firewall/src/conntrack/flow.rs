@@ -176,6 +176,7 @@ const _: () = assert!(size_of::<Flow<crate::address::V6>>() == 192);
 
 impl<A: Address> Flow<A> {
     /// A flow between two keys: how the client's packets come in, and how replies do.
+    #[inline(always)]
     pub(crate) fn new(original: &Key<A>, reply: &Key<A>, now: Ticks) -> Self {
         let mut flow = Self {
             created: now,

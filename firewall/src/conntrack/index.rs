@@ -415,9 +415,7 @@ impl Index {
 
     #[cfg(test)]
     fn len(&self) -> usize {
-        let used = |bucket: &Bucket| {
-            bucket.tags.iter().filter(|tag| **tag != 0).count()
-        };
+        let used = |bucket: &Bucket| bucket.tags.iter().filter(|tag| **tag != 0).count();
         self.buckets.iter().map(used).sum()
     }
 }

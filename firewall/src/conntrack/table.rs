@@ -180,10 +180,14 @@ impl<A: Address> FlowTable<A> {
         self.find_at(self.place(key), key, reply)
     }
 
-    /// Finds a flow by the key of one direction, to change it.
+    /// Finds a flow, with the place of its key, to change it.
     #[inline(always)]
-    pub(crate) fn find_mut(&mut self, key: &Key<A>, reply: bool) -> Option<(u32, &mut Flow<A>)> {
-        let place = self.place(key);
+    pub(crate) fn find_mut_at(
+        &mut self,
+        place: Place,
+        key: &Key<A>,
+        reply: bool,
+    ) -> Option<(u32, &mut Flow<A>)> {
         match self.index.likely(place) {
             Some(reference) if self.is_key_of(reference, key, reply) => {
                 let number = reference.entry();
@@ -456,9 +460,7 @@ impl<A: Address> FlowTable<A> {
             owner.is_some_and(|owner| owner.flows >= share.max(1))
         };
         let start = self.owner_cursor;
-        let found = (start..self.owners.len())
-            .chain(0..start)
-            .find(is_above)?;
+        let found = (start..self.owners.len()).chain(0..start).find(is_above)?;
         self.owner_cursor = found;
         Some(found)
     }

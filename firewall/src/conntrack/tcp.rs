@@ -292,6 +292,12 @@ impl Segment {
         self.flags & (FIN | SYN | RST | ACK) == SYN
     }
 
+    /// Whether the segment only asks for a connection, with nothing unusual about it.
+    #[inline(always)]
+    pub(crate) const fn is_plain_first(&self) -> bool {
+        self.flags & (FIN | SYN | RST | ACK | URG) == SYN
+    }
+
     /// Whether the segment starts or ends something.
     #[inline(always)]
     pub(crate) const fn is_control(&self) -> bool {

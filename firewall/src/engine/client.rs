@@ -6,7 +6,7 @@
 use super::complain::{self, Complaint};
 use super::core::{Core, Local, Packet};
 use super::{forward, local, related};
-use crate::conntrack::flow::{self, Flow, Ticks};
+use crate::conntrack::flow::{self, Flow, Key, Ticks};
 use crate::conntrack::index::Place;
 use crate::conntrack::table::FlowTable;
 use crate::conntrack::tcp::{self, Patience, Segment, State, Track, Tracked};
@@ -20,7 +20,7 @@ use crate::wire::transport::Kind;
 use crate::wire::{ethernet, high16, low16};
 
 /// Port of DNS.
-const DNS: u16 = 53;
+pub(crate) const DNS: u16 = 53;
 
 /// Whether a packet that has no flow may start one, as far as tracking knows (A10). If not, it can be
 /// nothing that anybody sends.
@@ -159,13 +159,26 @@ pub(crate) fn without_flow<A: Local>(
     if let Iface::Client(ClientId(id)) = ingress {
         core.registry.use_vif(source, id);
     }
+    let epoch = core.registry.source(source).map_or(0, |own| own.epoch);
+    let tcp = match kind {
+        Kind::Tcp => match read_segment(frame, packet) {
+            Some(segment) => Some(segment),
+            None => return Verdict::Drop(DropReason::MalformedTransport),
+        },
+        _ => None,
+    };
     let start = Start {
         source,
+        epoch,
         place,
+        original: packet.key(),
+        kind,
         destination,
         rule: forward::rule_number(rule),
+        opaque: network.opaque,
+        tcp,
     };
-    match begin(core, table, own, frame, packet, &start, now) {
+    match begin(core, table, own, &start, now) {
         Ok(change) => {
             let egress = Iface::Uplink;
             forward::send(core, frame, packet, ingress, egress, &change, now)
@@ -211,65 +224,64 @@ fn rules<A: Local>(
 }
 
 /// What a new flow starts with.
-struct Start<A> {
-    source: u16,
-    place: Place,
-    destination: A,
-    rule: u16,
+#[derive(Debug)]
+pub(crate) struct Start<'f, A> {
+    /// The number of the client's address.
+    pub(crate) source: u16,
+    /// That of the rules that allow it.
+    pub(crate) epoch: u32,
+    /// Where the key belongs in the flow table.
+    pub(crate) place: Place,
+    pub(crate) original: Key<A>,
+    pub(crate) kind: Kind,
+    /// The destination after DNS translation.
+    pub(crate) destination: A,
+    /// As flows remember it.
+    pub(crate) rule: u16,
+    /// Whether rules cannot tell what it carries.
+    pub(crate) opaque: bool,
+    /// The segment and its options, for TCP.
+    pub(crate) tcp: Option<(Segment, &'f [u8])>,
 }
 
 /// A24: chooses a translation and puts the flow into the table.
-fn begin<A: Local>(
+#[inline(always)]
+pub(crate) fn begin<A: Local>(
     core: &mut Core,
     table: &mut FlowTable<A>,
     own: A,
-    frame: &Frame<'_>,
-    packet: &Packet<A>,
-    start: &Start<A>,
+    start: &Start<'_, A>,
     now: Time,
 ) -> Result<forward::Change<A>, DropReason> {
     let ticks = Ticks::at(now);
-    let original = packet.key();
-    let kind = packet.transport.kind;
+    let original = &start.original;
     let translation = nat::translate(
         table,
         &mut core.random,
-        kind,
-        &original,
+        start.kind,
+        original,
         start.destination,
         own,
         ticks,
     )
     .ok_or(DropReason::NatExhausted)?;
-    let mut flow = Flow::new(&original, &translation.reply, ticks);
+    let mut flow = Flow::new(original, &translation.reply, ticks);
     flow.owner = start.source;
     flow.rule = start.rule;
-    flow.epoch = core
-        .registry
-        .source(start.source)
-        .map_or(0, |own| own.epoch);
-    if packet.network.opaque {
+    flow.epoch = start.epoch;
+    if start.opaque {
         flow.flags |= flow::OPAQUE;
     }
     let (half, _) = flow.sides_mut(false);
     half.packets = 1;
-    if kind == Kind::Tcp {
-        begin_tcp(&mut flow, frame, packet)?;
-    } else {
-        flow.follow_datagram(false, ticks);
+    match &start.tcp {
+        Some((segment, options)) => begin_tcp(&mut flow, segment, options)?,
+        None => flow.follow_datagram(false, ticks),
     }
     let [half, other] = &flow.half;
     let change = forward::Change::of(half, other);
     if translation.remapped {
-        let external = low16(translation.reply.ports);
-        core.counters.ports_remapped = core.counters.ports_remapped.wrapping_add(1);
-        let port = high16(original.ports);
-        if table
-            .mappings
-            .hold(original.src, port, original.protocol, external)
-        {
-            flow.flags |= flow::REMAPPED;
-        }
+        hold_mapping(core, table, &mut flow);
     }
     let places = [start.place, translation.place];
     match table.insert(&flow, places, ticks) {
@@ -292,20 +304,47 @@ fn begin<A: Local>(
     }
 }
 
+/// Notes that a flow leaves with another port than it came with.
+#[cold]
+#[inline(never)]
+fn hold_mapping<A: Local>(core: &mut Core, table: &mut FlowTable<A>, flow: &mut Flow<A>) {
+    core.counters.ports_remapped = core.counters.ports_remapped.wrapping_add(1);
+    let [original, reply] = &flow.half;
+    let (port, external) = (high16(original.ports), low16(reply.ports));
+    if table
+        .mappings
+        .hold(original.src, port, flow.protocol, external)
+    {
+        flow.flags |= flow::REMAPPED;
+    }
+}
+
 /// Starts tracking a TCP connection with its first segment.
+#[inline(always)]
 fn begin_tcp<A: Local>(
     flow: &mut Flow<A>,
-    frame: &Frame<'_>,
-    packet: &Packet<A>,
+    segment: &Segment,
+    options: &[u8],
 ) -> Result<(), DropReason> {
-    let (segment, options) = read_segment(frame, packet).ok_or(DropReason::MalformedTransport)?;
     let [original, reply] = &mut flow.half;
     segment.start(options, &mut original.tcp, &mut reply.tcp);
     if segment.is_first() {
-        flow.state = tcp::begin_with_syn(&segment, &mut reply.tcp, &mut flow.last);
+        flow.state = tcp::begin_with_syn(segment, &mut reply.tcp, &mut flow.last);
         flow.patience = Patience::SynSent;
         return Ok(());
     }
+    pick_up(flow, segment, options)
+}
+
+/// Starts tracking a TCP connection in its middle.
+#[cold]
+#[inline(never)]
+fn pick_up<A: Local>(
+    flow: &mut Flow<A>,
+    segment: &Segment,
+    options: &[u8],
+) -> Result<(), DropReason> {
+    let [original, reply] = &mut flow.half;
     flow.state = State::None;
     let tracked = Track {
         sender: &mut original.tcp,
@@ -316,7 +355,7 @@ fn begin_tcp<A: Local>(
         replied: false,
         assured: &mut false,
     }
-    .follow(&segment, options, false);
+    .follow(segment, options, false);
     match tracked {
         Tracked::Accept => Ok(()),
         Tracked::Invalid(reason) => Err(reason),

@@ -165,7 +165,12 @@ pub(crate) fn checksum_holds<A: Address>(frame: &Frame<'_>, packet: &Packet<A>) 
         .checked_add(len)
         .and_then(|end| frame.head.get(start..end))
     {
-        Some(bytes) => transport::checksum_is_right(&packet.network, bytes),
+        Some(bytes) => transport::checksum_is_right(
+            (packet.network.src, packet.network.dst),
+            packet.network.protocol,
+            packet.network.transport_len(),
+            bytes,
+        ),
         None => true,
     }
 }
@@ -175,7 +180,10 @@ pub(crate) fn checksum_holds<A: Address>(frame: &Frame<'_>, packet: &Packet<A>) 
 fn end<A: Local>(core: &mut Core, table: &mut FlowTable<A>, number: u32) -> Passage {
     // A retired one was counted already.
     let was_alive = table.remove(number);
-    core.counters.flows_expired = core.counters.flows_expired.wrapping_add(u64::from(was_alive));
+    core.counters.flows_expired = core
+        .counters
+        .flows_expired
+        .wrapping_add(u64::from(was_alive));
     Passage::NoFlow
 }
 
@@ -279,8 +287,8 @@ pub(crate) struct Change<A> {
     pub(crate) src: A,
     pub(crate) dst: A,
     pub(crate) ports: u32,
-    network_delta: u16,
-    transport_delta: u16,
+    pub(crate) network_delta: u16,
+    pub(crate) transport_delta: u16,
 }
 
 impl<A: Address> Change<A> {

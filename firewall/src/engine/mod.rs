@@ -7,7 +7,7 @@
 //! | --- | --- | --- |
 //! | A1 to A10, B1, B2, B4 | frame, headers, fragments, source, flow | this file |
 //! | A16 to A19, A23, A24, B5 | packets of a flow | `forward.rs`, `shortcut.rs` |
-//! | A11 to A24 | packets of a client without a flow | `client.rs` |
+//! | A11 to A24 | packets of a client without a flow | `client.rs`, `opening.rs` |
 //! | B3 to B8 | packets of the uplink without a flow | `uplink.rs` |
 //! | C, D, A2, A8 | packets for us, ARP, neighbour discovery | `local.rs` |
 //! | B5, RELATED | ICMP errors about a flow | `related.rs` |
@@ -34,6 +34,7 @@ mod fake;
 mod forward;
 mod fragmenting;
 mod local;
+mod opening;
 mod related;
 mod shortcut;
 mod uplink;
@@ -44,6 +45,7 @@ use self::core::{Core, Local, NO_FLOW, Packet, PlainUplink};
 use crate::address::{Address, V4, V6};
 use crate::config::Limits;
 use crate::conntrack::flow::{Flow, Ticks, is_trackable};
+use crate::conntrack::index::Place;
 use crate::conntrack::table::FlowTable;
 use crate::conntrack::tcp::Segment;
 use crate::fragment::{Added, Complete, Reassembly};
@@ -164,8 +166,8 @@ impl Engine {
 
     /// Decides one frame and rewrites it.
     pub fn process(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
-        match self.take(ingress, frame, Ticks::at(now)) {
-            Some(egress) => Verdict::Forward { egress },
+        match self.take(ingress, frame, now, Ticks::at(now)) {
+            Some(verdict) => verdict,
             None => self.decide(ingress, frame, now),
         }
     }
@@ -173,51 +175,88 @@ impl Engine {
     /// Sends a plain packet of an established flow on. The directions of IPv4 are compiled apart,
     /// because they are the bulk.
     #[inline(always)]
-    fn take(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Ticks) -> Option<Iface> {
+    fn take(
+        &mut self,
+        ingress: Iface,
+        frame: &mut Frame<'_>,
+        now: Time,
+        ticks: Ticks,
+    ) -> Option<Verdict> {
         match (start_of(frame), ingress) {
-            (Start::V4, Iface::Client(id)) => self.take4(id, frame, now, false),
-            (Start::V4, Iface::Uplink) => self.take4(NO_CLIENT, frame, now, true),
-            (Start::V6, _) => self.take6(ingress, frame, now),
+            (Start::V4, Iface::Client(id)) => {
+                let key = shortcut::read(&self.core, frame.head, frame.len, false)?;
+                let place = self.flows4.place(&key);
+                let Some(flow) = self.flows4.find_mut_at(place, &key, false) else {
+                    ::core::hint::cold_path();
+                    return Some(self.open4(id, frame, Some(place), now));
+                };
+                let egress =
+                    shortcut::pass(&mut self.core, flow, id, Meta::of(frame), ticks, false)?;
+                Some(Verdict::Forward { egress })
+            }
+            (Start::V4, Iface::Uplink) => {
+                let key = shortcut::read(&self.core, frame.head, frame.len, true)?;
+                let place = self.flows4.place(&key);
+                let flow = self.flows4.find_mut_at(place, &key, true)?;
+                let (core, parts) = (&mut self.core, Meta::of(frame));
+                let egress = shortcut::pass(core, flow, NO_CLIENT, parts, ticks, true)?;
+                Some(Verdict::Forward { egress })
+            }
+            (Start::V6, _) => self.take6(ingress, frame, ticks),
             (Start::Other, _) => None,
         }
     }
 
-    #[inline(always)]
-    fn take4(
-        &mut self,
-        id: ClientId,
-        frame: &mut Frame<'_>,
-        now: Ticks,
-        reply: bool,
-    ) -> Option<Iface> {
-        let core = &mut self.core;
-        let (frame_len, parts) = (frame.len, Meta::of(frame));
-        let key = shortcut::read(core, parts.0, frame_len, reply)?;
-        let flow = self.flows4.find_mut(&key, reply)?;
-        shortcut::pass(core, flow, id, parts, now, reply)
-    }
-
     #[inline(never)]
-    fn take6(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Ticks) -> Option<Iface> {
+    fn take6(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Ticks) -> Option<Verdict> {
         let core = &mut self.core;
         let reply = side_of(ingress).1;
-        let (frame_len, parts) = (frame.len, Meta::of(frame));
-        let key = shortcut::read(core, parts.0, frame_len, reply)?;
-        let flow = self.flows6.find_mut(&key, reply)?;
-        pass6(core, flow, ingress, parts, now)
+        let key = shortcut::read(core, frame.head, frame.len, reply)?;
+        let place = self.flows6.place(&key);
+        let flow = self.flows6.find_mut_at(place, &key, reply)?;
+        let egress = pass6(core, flow, ingress, Meta::of(frame), now)?;
+        Some(Verdict::Forward { egress })
     }
 
     /// Every packet that the shortcut does not take.
-    #[inline(never)]
+    #[inline]
     fn decide(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
+        match (start_of(frame), ingress) {
+            (Start::V4, Iface::Client(id)) => self.open4(id, frame, None, now),
+            _ => self.decide_fully(ingress, frame, now),
+        }
+    }
+
+    /// A plain IPv4 packet of a client that seems to have no flow. `known` is where its key belongs, if
+    /// it was looked up.
+    #[inline(never)]
+    fn open4(
+        &mut self,
+        id: ClientId,
+        frame: &mut Frame<'_>,
+        known: Option<Place>,
+        now: Time,
+    ) -> Verdict {
+        let (core, flows) = (&mut self.core, &mut self.flows4);
+        core.last_rule = None;
+        core.last_flow = NO_FLOW;
+        let ingress = Iface::Client(id);
+        match opening::decide(core, flows, id, frame, known, now) {
+            Some(verdict) => {
+                self.account(ingress, frame.len, verdict);
+                verdict
+            }
+            None => self.decide_fully(ingress, frame, now),
+        }
+    }
+
+    /// The long way.
+    #[inline(never)]
+    fn decide_fully(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
         self.core.last_rule = None;
         self.core.last_flow = NO_FLOW;
         let verdict = self.frame(ingress, frame, now);
-        if let Verdict::Drop(reason) = verdict {
-            self.core.count_drop(ingress, reason);
-        } else {
-            self.account(ingress, frame.len, verdict);
-        }
+        self.account(ingress, frame.len, verdict);
         verdict
     }
 
@@ -239,8 +278,8 @@ impl Engine {
     fn process_singly(&mut self, work: &mut [Work<'_>], now: Time) {
         let ticks = Ticks::at(now);
         for item in work {
-            item.verdict = match self.take(item.ingress, &mut item.frame, ticks) {
-                Some(egress) => Verdict::Forward { egress },
+            item.verdict = match self.take(item.ingress, &mut item.frame, now, ticks) {
+                Some(verdict) => verdict,
                 None => {
                     ::core::hint::cold_path();
                     self.decide(item.ingress, &mut item.frame, now)

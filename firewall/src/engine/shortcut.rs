@@ -40,7 +40,7 @@ impl<'f> Meta<'f> {
     }
 }
 
-/// Reads a plain packet.
+/// Reads a plain packet of a flow.
 #[inline(always)]
 pub(crate) fn read<A: Local>(
     core: &Core,
@@ -48,11 +48,35 @@ pub(crate) fn read<A: Local>(
     frame_len: u32,
     reply: bool,
 ) -> Option<Key<A>> {
+    read_if(core, head, frame_len, reply, steady::is_plain)
+}
+
+/// Reads a plain packet of a client that may be the first of a flow: any, if it `has_no_flow`.
+#[inline(always)]
+pub(crate) fn read_first<A: Local>(
+    core: &Core,
+    head: &[u8],
+    frame_len: u32,
+    has_no_flow: bool,
+) -> Option<Key<A>> {
+    let is_wanted = |tail: &steady::Tail| has_no_flow || steady::is_first(tail);
+    read_if(core, head, frame_len, false, is_wanted)
+}
+
+/// Reads a plain packet, if it is UDP or a TCP segment that `is_wanted`.
+#[inline(always)]
+fn read_if<A: Local>(
+    core: &Core,
+    head: &[u8],
+    frame_len: u32,
+    reply: bool,
+    is_wanted: impl FnOnce(&steady::Tail) -> bool,
+) -> Option<Key<A>> {
     let (front, rest) = A::front(head)?;
     let protocol = A::protocol(front);
     // Segments that start or end a connection go the long way; see that before anything is summed.
     match protocol {
-        protocol::TCP if steady::is_plain(rest.first_chunk()?) => {}
+        protocol::TCP if is_wanted(rest.first_chunk()?) => {}
         protocol::UDP => {}
         _ => return None,
     }

@@ -129,7 +129,12 @@ impl Resolver {
         }
         let is_right = match state {
             Checksum::Blank | Checksum::Validated => true,
-            Checksum::Unverified => transport::checksum_is_right(network, parts.transport),
+            Checksum::Unverified => transport::checksum_is_right(
+                (network.src, network.dst),
+                network.protocol,
+                network.transport_len(),
+                parts.transport,
+            ),
         };
         is_right && self.receive(server, carried, parts.transport, now)
     }

@@ -122,7 +122,12 @@ fn payload<'f, A: Address>(parts: &Parts<'f, A>, state: Checksum) -> Option<(&'f
     let len = usize::from(get_u16(bytes, 4)?);
     let is_right = match state {
         Checksum::Blank | Checksum::Validated => true,
-        Checksum::Unverified => transport::checksum_is_right(network, bytes),
+        Checksum::Unverified => transport::checksum_is_right(
+            (network.src, network.dst),
+            network.protocol,
+            network.transport_len(),
+            bytes,
+        ),
     };
     Some((bytes.get(UDP_HEADER..len)?, is_right))
 }

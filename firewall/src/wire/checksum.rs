@@ -23,6 +23,29 @@ pub(crate) const fn fold(sum: u64) -> u16 {
 /// Words are added as they lie in memory, with the carry brought round: a ones' complement sum of
 /// exchanged bytes is the sum with its bytes exchanged (RFC 1071 2 (B)).
 pub(crate) fn add_bytes(sum: u64, bytes: &[u8]) -> u64 {
+    sum.wrapping_add(u64::from(u16::from_be(fold(native_sum(bytes)))))
+}
+
+/// Whether `bytes`, checksum included, sum to all ones together with a pseudo-header that sums to
+/// `pseudo`, which is below 2^48.
+#[inline]
+pub(crate) fn is_right(pseudo: u64, bytes: &[u8]) -> bool {
+    let own = native_sum(bytes);
+    let own = (own >> 32) + (own & 0xffff_ffff);
+    // Exchanging bytes is multiplying by 256, as far as multiples of 0xffff do not count. All ones are
+    // such a multiple, but zero, the sum of nothing but zeroes, is not all ones.
+    let pseudo = if cfg!(target_endian = "little") {
+        pseudo << 8
+    } else {
+        pseudo
+    };
+    let sum = pseudo + own;
+    sum != 0 && sum.is_multiple_of(0xffff)
+}
+
+/// The sum of `bytes` as words of this machine's byte order.
+#[inline(always)]
+fn native_sum(bytes: &[u8]) -> u64 {
     let (words, rest) = bytes.as_chunks::<8>();
     let mut own = 0_u64;
     for word in words {
@@ -41,8 +64,7 @@ pub(crate) fn add_bytes(sum: u64, bytes: &[u8]) -> u64 {
         [a, b] => u32::from_ne_bytes([*a, *b, 0, 0]),
         [a, b, c, ..] => u32::from_ne_bytes([*a, *b, *c, 0]),
     };
-    own = add_around(own, u64::from(last));
-    sum.wrapping_add(u64::from(u16::from_be(fold(own))))
+    add_around(own, u64::from(last))
 }
 
 /// The ones' complement sum of two numbers.
@@ -63,7 +85,10 @@ pub(crate) const fn field(sum: u64) -> u16 {
 #[inline]
 pub(crate) const fn delta(old: u64, new: u64) -> u16 {
     // A multiple of 0xffff that is larger than every old sum changes nothing.
-    fold((0xffff << 40) - old + new)
+    match ((0xffff << 40) - old + new) % 0xffff {
+        0 => 0xffff,
+        change => low16(low32(change)),
+    }
 }
 
 /// The change of a sum when both changes happen.
@@ -127,6 +152,20 @@ mod tests {
         #[test]
         fn sums_agree(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             prop_assert_eq!(fold(add_bytes(0, &bytes)), slow_sum(&bytes));
+        }
+
+        #[test]
+        fn right_means_that_all_words_sum_to_ones(
+            pseudo in prop_oneof![Just(0), 0_u64..1 << 40], mut bytes in prop::collection::vec(any::<u8>(), 2..100), wrong in any::<bool>()
+        ) {
+            bytes[0] = 0;
+            bytes[1] = 0;
+            let right = field(add_bytes(pseudo, &bytes)) ^ u16::from(wrong);
+            bytes[..2].copy_from_slice(&right.to_be_bytes());
+            prop_assert_eq!(is_right(pseudo, &bytes), fold(add_bytes(pseudo, &bytes)) == 0xffff);
+            prop_assert_eq!(is_right(pseudo, &bytes), !wrong);
+            bytes.fill(0);
+            prop_assert!(!is_right(0, &bytes));
         }
 
         #[test]

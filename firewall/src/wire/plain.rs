@@ -52,6 +52,8 @@ pub(crate) trait PlainHeaders: Address {
     fn total_len(front: &Self::Front) -> u32;
     /// The time to live.
     fn ttl(front: &Self::Front) -> u8;
+    /// Whether routers must not fragment the packet.
+    fn dont_fragment(front: &Self::Front) -> bool;
     /// Source port in the high half, destination port in the low half.
     fn ports(front: &Self::Front) -> u32;
     /// Source and destination, if there is nothing unusual about the network layer; [`start_word`] was
@@ -107,6 +109,10 @@ impl PlainHeaders for V4 {
     #[inline(always)]
     fn ttl(front: &[u8; 42]) -> u8 {
         front[22]
+    }
+
+    fn dont_fragment(front: &[u8; 42]) -> bool {
+        front[20] & 0x40 != 0
     }
 
     #[inline(always)]
@@ -187,6 +193,10 @@ impl PlainHeaders for V6 {
     #[inline(always)]
     fn ttl(front: &[u8; 62]) -> u8 {
         front[21]
+    }
+
+    fn dont_fragment(_: &[u8; 62]) -> bool {
+        true
     }
 
     #[inline(always)]

@@ -141,15 +141,16 @@ pub(crate) fn pseudo_sum<A: Address>(src: A, dst: A, number: u8, len: u32) -> u6
     src.sum() + dst.sum() + u64::from(number) + u64::from(len)
 }
 
-/// Whether the checksum of a transport that is wholly in `bytes` is right. True if there is none.
-pub(crate) fn checksum_is_right<A: Address>(network: &Network<A>, bytes: &[u8]) -> bool {
-    let sum = match network.protocol {
-        protocol::TCP | protocol::ICMPV6 => pseudo_sum(
-            network.src,
-            network.dst,
-            network.protocol,
-            network.transport_len(),
-        ),
+/// Whether the checksum of a transport of `len` bytes that is wholly in `bytes` is right. True if there
+/// is none.
+pub(crate) fn checksum_is_right<A: Address>(
+    (src, dst): (A, A),
+    number: u8,
+    len: u32,
+    bytes: &[u8],
+) -> bool {
+    let (pseudo, covered) = match number {
+        protocol::TCP | protocol::ICMPV6 => (pseudo_sum(src, dst, number, len), bytes),
         protocol::UDP => {
             // UDP counts its own length, which may leave bytes of the packet over.
             let len = super::get_u16(bytes, 4).unwrap_or(0);
@@ -158,13 +159,12 @@ pub(crate) fn checksum_is_right<A: Address>(network: &Network<A>, bytes: &[u8]) 
                 return true;
             }
             let covered = bytes.get(..usize::from(len)).unwrap_or(bytes);
-            let pseudo = pseudo_sum(network.src, network.dst, network.protocol, u32::from(len));
-            return checksum::fold(checksum::add_bytes(pseudo, covered)) == 0xffff;
+            (pseudo_sum(src, dst, number, u32::from(len)), covered)
         }
-        protocol::ICMP => 0,
+        protocol::ICMP => (0, bytes),
         _ => return true,
     };
-    checksum::fold(checksum::add_bytes(sum, bytes)) == 0xffff
+    checksum::is_right(pseudo, covered)
 }
 
 #[cfg(test)]
@@ -212,6 +212,14 @@ mod tests {
     fn udp_checksum_is_verified() {
         // 10.137.0.10 -> 1.2.3.4, ports 5000 and 99, no payload.
         let network = network(17, 8);
+        let checksum_is_right = |network: &Network<u32>, bytes: &[u8]| {
+            checksum_is_right(
+                (network.src, network.dst),
+                17,
+                network.transport_len(),
+                bytes,
+            )
+        };
         let mut datagram = [0x13, 0x88, 0, 0x63, 0, 8, 0, 0];
         assert!(checksum_is_right(&network, &datagram));
         let field = checksum::field(checksum::add_bytes(

@@ -19,6 +19,12 @@ pub(crate) const fn is_plain(tail: &Tail) -> bool {
     tail[5] & (FIN | SYN | RST | ACK) == ACK
 }
 
+/// Whether a segment only asks for a connection.
+#[inline(always)]
+pub(crate) const fn is_first(tail: &Tail) -> bool {
+    tail[5] & (FIN | SYN | RST | ACK) == SYN
+}
+
 /// Bytes of the TCP header.
 #[inline(always)]
 pub(crate) const fn header_len(tail: &Tail) -> u32 {

@@ -82,28 +82,22 @@ impl Outbox {
         (self.count > 0).then(|| self.records.get(self.first).copied())?
     }
 
-    /// Adds a frame of `len` bytes that `fill` writes; false if there is no room.
-    pub(crate) fn push(&mut self, egress: Iface, len: usize, fill: impl FnOnce(&mut [u8])) -> bool {
-        let (Some(start), Ok(record_len)) = (self.place(len), u32::try_from(len)) else {
-            return false;
-        };
-        let Some(room) = self.bytes.get_mut(start..start + len) else {
-            return false;
-        };
-        let index = (self.first + self.count) % self.records.len();
-        let (Some(record), Ok(record_start)) = (self.records.get_mut(index), u32::try_from(start))
-        else {
-            return false;
-        };
-        fill(room);
-        *record = Record {
+    /// Adds a frame of `len` bytes, for the caller to write all of them; `None` if there is no room.
+    pub(crate) fn add(&mut self, egress: Iface, len: usize) -> Option<&mut [u8]> {
+        let start = self.place(len)?;
+        let record_len = u32::try_from(len).ok()?;
+        let record_start = u32::try_from(start).ok()?;
+        let room = self.bytes.get_mut(start..start + len)?;
+        *self
+            .records
+            .get_mut((self.first + self.count) % MAX_FRAMES)? = Record {
             start: record_start,
             len: record_len,
             egress,
         };
         self.count += 1;
         self.write = start + len;
-        true
+        Some(room)
     }
 
     /// Whether `frames` frames of at most `len` bytes each certainly fit.
@@ -128,7 +122,7 @@ impl Outbox {
     /// Takes the oldest frame. Its bytes stay until the next change.
     pub(crate) fn pop(&mut self) -> Option<Generated<'_>> {
         let record = self.oldest()?;
-        self.first = (self.first + 1) % self.records.len();
+        self.first = (self.first + 1) % MAX_FRAMES;
         self.count -= 1;
         let start = usize::try_from(record.start).ok()?;
         let len = usize::try_from(record.len).ok()?;
@@ -155,7 +149,8 @@ mod tests {
     fn full_outbox_refuses_and_keeps_what_it_has() {
         let mut outbox = Outbox::new(MIN_BYTES);
         let mut stored = 0_u8;
-        while outbox.push(Iface::Uplink, 1000, |room| room.fill(stored)) {
+        while let Some(room) = outbox.add(Iface::Uplink, 1000) {
+            room.fill(stored);
             stored += 1;
         }
         assert_eq!(stored, 8);
@@ -175,7 +170,8 @@ mod tests {
                 if push {
                     number = number.wrapping_add(1);
                     let room = outbox.has_room(1, len);
-                    let stored = outbox.push(Iface::Uplink, len, |room| room.fill(number));
+                    let added = outbox.add(Iface::Uplink, len);
+                    let stored = added.map(|room| room.fill(number)).is_some();
                     prop_assert!(stored || !room);
                     if stored {
                         model.push_back(vec![number; len]);

@@ -69,8 +69,8 @@ const ONES: u64 = 0x0101_0101_0101_0101;
 const HIGHS: u64 = 0x8080_8080_8080_8080;
 
 /// Load of the index when the table is full, in percent. Lower than what two choices can carry, so
-/// that second buckets are rare.
-const DESIGN_LOAD: u64 = 70;
+/// that second buckets are rare: one key of fifty in a full table.
+const DESIGN_LOAD: u64 = 55;
 
 /// A flow and one of its directions: twice the entry's number, plus one for replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

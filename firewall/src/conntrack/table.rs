@@ -48,7 +48,7 @@ const SLOTS: u32 = 128;
 const SLOT_SHIFT: u32 = 2;
 
 /// Flows that are passed over because they were seen lately.
-const SECOND_CHANCES: u32 = 8;
+const SECOND_CHANCES: u32 = 4;
 
 /// What lately means: about a minute.
 const RECENT: u32 = 224;
@@ -71,6 +71,27 @@ struct Owner {
     transient: List,
     assured: List,
     flows: u32,
+}
+
+/// Where a flow is in which list.
+#[derive(Clone, Copy, Debug)]
+struct Links {
+    previous: u32,
+    next: u32,
+    owner: u16,
+    assured: bool,
+}
+
+impl Links {
+    #[inline(always)]
+    fn of<A: Address>(flow: &Flow<A>) -> Self {
+        Self {
+            previous: flow.list_previous,
+            next: flow.list_next,
+            owner: flow.owner,
+            assured: flow.flags & IN_ASSURED_LIST != 0,
+        }
+    }
 }
 
 /// Who must make room.
@@ -334,40 +355,69 @@ impl<A: Address> FlowTable<A> {
         let Some(flow) = self.get(number) else {
             return false;
         };
-        let (flags, owner) = (flow.flags, flow.owner);
-        if flags & LIVE == 0 {
-            if flags & RETIRED != 0 {
+        if flow.flags & LIVE == 0 {
+            if flow.flags & RETIRED != 0 {
                 // Its entry stays in the list of retired ones.
                 self.take_apart(number);
             }
             return false;
         }
-        if flags & REMAPPED != 0 {
-            self.release_mapping(number);
-        }
-        self.take_apart(number);
-        self.count_out(owner);
-        self.put_free(number);
+        self.end(number);
         true
     }
 
-    /// Takes a flow out of the index and out of its owner's list.
+    /// Removes a live flow.
     #[inline(always)]
-    fn take_apart(&mut self, number: u32) {
-        self.removals = self.removals.wrapping_add(1);
-        self.unlink_owner(number);
+    fn end(&mut self, number: u32) {
+        let free = self.free;
         let Some(flow) = self.flows.get_mut(as_index(number)) else {
             return;
         };
-        flow.flags &= ON_WHEEL;
+        // Used only when the entry is free.
+        let links = Links::of(flow);
+        let remapped = flow.flags & REMAPPED != 0;
+        Self::unindex(&mut self.index, &self.key, number, flow);
+        flow.list_next = free;
+        self.free = number;
+        self.removals = self.removals.wrapping_add(1);
+        self.unlink(links);
+        self.count_out(links.owner);
+        if remapped {
+            self.release_mapping(number);
+        }
+    }
+
+    /// Takes a retired flow out of the index and out of its owner's list.
+    #[inline(always)]
+    fn take_apart(&mut self, number: u32) {
+        let Some(flow) = self.flows.get_mut(as_index(number)) else {
+            return;
+        };
+        let links = Links::of(flow);
+        Self::unindex(&mut self.index, &self.key, number, flow);
+        self.removals = self.removals.wrapping_add(1);
+        self.unlink(links);
+    }
+
+    /// Takes both directions of a flow out of the index, and all flags but that of the wheel from it.
+    #[inline(always)]
+    fn unindex(index: &mut Index, key: &HashKey, number: u32, flow: &mut Flow<A>) {
         for reply in [false, true] {
             let reference = Reference::new(number, reply);
-            if !self.index.remove_at(flow.location(reply), reference) {
-                let key = flow.key(reply);
-                let hash = A::key_hash(&self.key, key.src, key.dst, key.ports, key.protocol);
-                self.index.remove(self.index.place(hash), reference);
+            if !index.remove_at(flow.location(reply), reference) {
+                Self::remove_by_key(index, key, flow, reference);
             }
         }
+        flow.flags &= ON_WHEEL;
+    }
+
+    /// Takes a direction of a flow out of the index whose place is not known.
+    #[cold]
+    #[inline(never)]
+    fn remove_by_key(index: &mut Index, key: &HashKey, flow: &Flow<A>, reference: Reference) {
+        let own = flow.key(reference.is_reply());
+        let hash = A::key_hash(key, own.src, own.dst, own.ports, own.protocol);
+        index.remove(index.place(hash), reference);
     }
 
     /// One live flow of an owner less.
@@ -439,17 +489,19 @@ impl<A: Address> FlowTable<A> {
     /// Ends a live flow.
     #[inline(always)]
     fn evict(&mut self, for_owner: u16, now: Ticks) -> Option<()> {
-        let share = match self.active_owners {
-            0 | 1 => self.capacity,
-            owners => self.capacity / owners,
+        let share = (self.capacity / self.active_owners.max(1)).max(1);
+        let own = usize::from(for_owner);
+        let victim = match self.owners.get(own) {
+            Some(owner) if owner.flows >= share => match owner.transient.first {
+                NONE => self.victim(own, now)?,
+                first => first,
+            },
+            _ => {
+                let above = self.owner_above(share)?;
+                self.victim(above, now)?
+            }
         };
-        let from = if self.flows_of(for_owner) >= share.max(1) {
-            Some(usize::from(for_owner))
-        } else {
-            self.owner_above(share)
-        };
-        let victim = self.victim(from?, now)?;
-        self.remove(victim);
+        self.end(victim);
         Some(())
     }
 
@@ -457,7 +509,7 @@ impl<A: Address> FlowTable<A> {
     fn owner_above(&mut self, share: u32) -> Option<usize> {
         let is_above = |at: &usize| {
             let owner = self.owners.get(*at);
-            owner.is_some_and(|owner| owner.flows >= share.max(1))
+            owner.is_some_and(|owner| owner.flows >= share)
         };
         let start = self.owner_cursor;
         let found = (start..self.owners.len()).chain(0..start).find(is_above)?;
@@ -466,12 +518,19 @@ impl<A: Address> FlowTable<A> {
     }
 
     /// Which flow of an owner goes.
+    #[cold]
     fn victim(&mut self, owner: usize, now: Ticks) -> Option<u32> {
-        let lists = *self.owners.get(owner)?;
-        if lists.transient.first != NONE {
-            return Some(lists.transient.first);
+        let lists = self.owners.get(owner)?;
+        match lists.transient.first {
+            NONE => self.assured_victim(owner, lists.assured.first, now),
+            first => Some(first),
         }
-        let mut number = lists.assured.first;
+    }
+
+    /// Which flow goes of an owner that has no transient ones.
+    #[cold]
+    #[inline(never)]
+    fn assured_victim(&mut self, owner: usize, mut number: u32, now: Ticks) -> Option<u32> {
         for _ in 0..SECOND_CHANCES {
             let flow = self.get(number)?;
             let [original, reply] = &flow.half;
@@ -479,8 +538,7 @@ impl<A: Address> FlowTable<A> {
                 return Some(number);
             }
             // To the end of the list, as the youngest.
-            self.unlink_owner(number);
-            self.link_owner(number);
+            self.relink(number);
             number = self.owners.get(owner)?.assured.first;
         }
         Some(number)
@@ -491,13 +549,19 @@ impl<A: Address> FlowTable<A> {
     pub(crate) fn settle(&mut self, number: u32) {
         let Some(flow) = self.get(number) else { return };
         if flow.is_transient() == (flow.flags & IN_ASSURED_LIST != 0) {
-            self.unlink_owner(number);
-            self.link_owner(number);
+            self.relink(number);
         }
     }
 
-    /// Appends a flow to the list of its owner that it belongs in.
+    /// Moves a flow to the end of the list that it belongs in now.
     #[inline(never)]
+    fn relink(&mut self, number: u32) {
+        self.unlink_owner(number);
+        self.link_owner(number);
+    }
+
+    /// Appends a flow to the list of its owner that it belongs in.
+    #[inline(always)]
     fn link_owner(&mut self, number: u32) {
         let Some(flow) = self.flows.get_mut(as_index(number)) else {
             return;
@@ -515,19 +579,28 @@ impl<A: Address> FlowTable<A> {
         let previous = core::mem::replace(&mut list.last, number);
         flow.list_next = NONE;
         flow.list_previous = previous;
-        if previous == NONE {
-            list.first = number;
-        } else if let Some(previous) = self.flows.get_mut(as_index(previous)) {
-            previous.list_next = number;
+        match self.flows.get_mut(as_index(previous)) {
+            Some(previous) => previous.list_next = number,
+            None => list.first = number,
+        }
+    }
+
+    /// Takes a flow out of its owner's list.
+    fn unlink_owner(&mut self, number: u32) {
+        if let Some(flow) = self.get(number) {
+            self.unlink(Links::of(flow));
         }
     }
 
     #[inline(always)]
-    fn unlink_owner(&mut self, number: u32) {
-        let Some(flow) = self.get(number) else { return };
-        let assured = flow.flags & IN_ASSURED_LIST != 0;
-        let (previous, next) = (flow.list_previous, flow.list_next);
-        let Some(owner) = self.owners.get_mut(usize::from(flow.owner)) else {
+    fn unlink(&mut self, links: Links) {
+        let Links {
+            previous,
+            next,
+            owner,
+            assured,
+        } = links;
+        let Some(owner) = self.owners.get_mut(usize::from(owner)) else {
             return;
         };
         let list = if assured {
@@ -579,27 +652,9 @@ impl<A: Address> FlowTable<A> {
         expired: &mut u64,
     ) -> Option<u32> {
         loop {
-            while self.due != NONE {
-                *budget = budget.checked_sub(1)?;
-                let number = self.due;
-                let flow = self.flows.get_mut(as_index(number))?;
-                self.due = flow.timer_next;
-                flow.flags &= !ON_WHEEL;
-                if flow.flags & LIVE == 0 {
-                    continue;
-                }
-                if !flow.is_overdue(now) {
-                    return Some(number);
-                }
-                *expired = expired.wrapping_add(1);
-                if flow.flags & REMAPPED != 0 {
-                    self.remove(number);
-                    continue;
-                }
-                flow.flags = flow.flags & IN_ASSURED_LIST | RETIRED;
-                flow.timer_next = core::mem::replace(&mut self.retired, number);
-                let owner = flow.owner;
-                self.count_out(owner);
+            let found = self.retire(now, budget, expired);
+            if found.is_some() || self.due != NONE {
+                return found;
             }
             let slot_now = now.0 >> SLOT_SHIFT;
             let behind = slot_now.wrapping_sub(self.slot_done) & (u32::MAX >> SLOT_SHIFT);
@@ -616,6 +671,55 @@ impl<A: Address> FlowTable<A> {
                 self.due = core::mem::replace(head, NONE);
             }
         }
+    }
+
+    /// Goes through the flows of emptied slots, as [`Self::next_due`] says.
+    #[inline(always)]
+    fn retire(&mut self, now: Ticks, budget: &mut u32, expired: &mut u64) -> Option<u32> {
+        let (mut number, mut retired) = (self.due, self.retired);
+        let mut left = *budget;
+        // Entries that were looked at and not retired.
+        let mut others = 0;
+        let mut found = None;
+        while let Some(flow) = self.flows.get_mut(as_index(number)) {
+            if left == 0 {
+                break;
+            }
+            left -= 1;
+            let (next, flags) = (flow.timer_next, flow.flags);
+            if flags & (LIVE | REMAPPED) != LIVE || !flow.is_overdue(now) {
+                flow.flags = flags & !ON_WHEEL;
+                let (is_live, is_overdue) = (flags & LIVE != 0, flow.is_overdue(now));
+                if is_live && is_overdue {
+                    self.remove(number);
+                } else {
+                    others += 1;
+                }
+                if is_live && !is_overdue {
+                    found = Some(number);
+                    number = next;
+                    break;
+                }
+            } else {
+                flow.timer_next = retired;
+                retired = number;
+                flow.flags = flags & IN_ASSURED_LIST | RETIRED;
+                if let Some(owner) = self.owners.get_mut(usize::from(flow.owner)) {
+                    owner.flows = owner.flows.wrapping_sub(1);
+                    if owner.flows == 0 {
+                        core::hint::cold_path();
+                        self.active_owners -= 1;
+                    }
+                }
+                self.live = self.live.wrapping_sub(1);
+            }
+            number = next;
+        }
+        self.due = number;
+        self.retired = retired;
+        *expired = expired.wrapping_add(u64::from(*budget - left - others));
+        *budget = left;
+        found
     }
 
     /// Puts a flow back into the wheel.

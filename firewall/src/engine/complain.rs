@@ -5,12 +5,13 @@
 //! groups, packets from addresses that nothing sends from.
 
 use super::core::{Core, Local, Packet};
+use crate::address::{Address, V4};
 use crate::frame::{Checksum, ClientId, Frame, Iface, Time};
 use crate::limiter;
 use crate::rule::Family;
 use crate::verdict::{DropReason, Verdict};
 use crate::wire::transport::{self, Kind};
-use crate::wire::{checksum, copy, ethernet, get_u16, icmp, protocol, put_u16};
+use crate::wire::{checksum, copy, ethernet, get_u16, icmp, low16, protocol, put_u16};
 
 /// Longest error over IPv4 in bytes of IP packet (RFC 1812 4.3.2.3).
 const MAX_ERROR4: usize = 576;
@@ -76,11 +77,11 @@ pub(crate) fn reject<A: Local>(
         Kind::OtherIcmp => A::FAMILY == Family::Ipv4,
         _ => false,
     };
+    let is_unanswerable = |address: A| address.is_group() || address.is_martian();
     let unanswerable = is_mute
         || packet.group_frame
-        || [network.src, network.dst]
-            .iter()
-            .any(|address| address.is_group() || address.is_martian());
+        || is_unanswerable(network.src)
+        || is_unanswerable(network.dst);
     let Some(from) = from.filter(|_| !unanswerable) else {
         return Verdict::Drop(reason);
     };
@@ -101,6 +102,7 @@ pub(crate) fn reject<A: Local>(
     Verdict::Reject(reason)
 }
 
+#[inline(always)]
 fn send<A: Local>(
     core: &mut Core,
     frame: &Frame<'_>,
@@ -122,43 +124,44 @@ fn send<A: Local>(
         .min(total_len)
         .min(quoted.len());
     let quoted = quoted.get(..quote_len).unwrap_or_default();
-    let payload = u16::try_from(quote_len + ICMP_HEADER).unwrap_or(u16::MAX);
+    let payload = low16(u32::try_from(quote_len + ICMP_HEADER).unwrap_or(0));
     let (icmp_type, code, rest) = complaint.message(A::FAMILY);
     let to = packet.network.src;
-    let blank = (frame.checksum == Checksum::Blank).then(|| complete_field(frame, packet));
+    let blank = match frame.checksum {
+        Checksum::Blank => complete_field(frame, packet),
+        _ => None,
+    };
     let len = ethernet::HEADER + A::HEADER_LEN + ICMP_HEADER + quote_len;
-    core.emit(egress, len, |bytes| {
+    // Headers, and a quote as long as what is quoted: every byte is written.
+    core.emit_whole(egress, len, |bytes| {
         let Some((header, bytes)) = bytes.split_first_chunk_mut::<{ ethernet::HEADER }>() else {
             return;
         };
         ethernet::set_addresses(header, &link);
-        let [high, low] = A::ETHERTYPE.to_be_bytes();
-        header[12] = high;
-        header[13] = low;
+        [header[12], header[13]] = A::ETHERTYPE.to_be_bytes();
         A::write_header(bytes, from, to, A::ICMP, payload, 64);
         let Some((_, message)) = bytes.split_at_mut_checked(A::HEADER_LEN) else {
             return;
         };
-        let [a, b, c, d] = rest.to_be_bytes();
-        copy(message, &[icmp_type, code, 0, 0, a, b, c, d]);
-        if let Some(quote) = message.get_mut(ICMP_HEADER..) {
-            copy(quote, quoted);
-            if complaint == Complaint::Prohibited {
-                count_down::<A>(quote);
-            }
-            if let Some((at, field)) = blank.flatten() {
-                put_u16(quote, at, field);
-            }
+        let Some((icmp, quote)) = message.split_first_chunk_mut::<ICMP_HEADER>() else {
+            return;
+        };
+        copy(quote, quoted);
+        if complaint == Complaint::Prohibited {
+            count_down::<A>(quote);
+        }
+        if let Some((at, field)) = blank {
+            put_u16(quote, at, field);
         }
         let pseudo = match A::FAMILY {
             Family::Ipv4 => 0,
             Family::Ipv6 => transport::pseudo_sum(from, to, A::ICMP, u32::from(payload)),
         };
-        put_u16(
-            message,
-            2,
-            checksum::field(checksum::add_bytes(pseudo, message)),
-        );
+        let start = u64::from(u16::from_be_bytes([icmp_type, code])) + u64::from(rest);
+        let sum = checksum::add_bytes(pseudo + start, quote);
+        let [high, low] = checksum::field(sum).to_be_bytes();
+        let [a, b, c, d] = rest.to_be_bytes();
+        *icmp = [icmp_type, code, high, low, a, b, c, d];
     })
 }
 
@@ -166,11 +169,8 @@ fn send<A: Local>(
 fn count_down<A: Local>(quote: &mut [u8]) {
     match A::FAMILY {
         Family::Ipv4 => {
-            if let Some(ttl) = quote.get_mut(8) {
-                *ttl = ttl.wrapping_sub(1);
-            }
-            if let Some(field) = get_u16(quote, 10) {
-                put_u16(quote, 10, checksum::apply(field, crate::address::TTL_DELTA));
+            if let Some(header) = quote.first_chunk_mut() {
+                V4::count_down(header);
             }
         }
         Family::Ipv6 => {

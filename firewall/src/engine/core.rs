@@ -213,20 +213,40 @@ impl Core {
         }
     }
 
-    /// Adds a complete frame of ours to the outbox; what a client must see differently is changed.
+    /// Adds a complete frame of ours to the outbox; what a client must see differently is changed. Bytes
+    /// that `fill` does not write are zero.
     pub(crate) fn emit(&mut self, egress: Iface, len: usize, fill: impl FnOnce(&mut [u8])) -> bool {
-        let fake = self.vif_of(egress).and_then(|vif| vif.fake);
-        let fits = self.outbox.push(egress, len, |bytes| {
+        self.emit_whole(egress, len, |bytes| {
             bytes.fill(0);
             fill(bytes);
-            if let Some(fake) = fake {
-                super::fake::to_visible(bytes, Checksum::Unverified, &fake);
+        })
+    }
+
+    /// [`Self::emit`] for a `fill` that writes every byte: what it leaves is from other frames.
+    #[inline(always)]
+    pub(crate) fn emit_whole(
+        &mut self,
+        egress: Iface,
+        len: usize,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> bool {
+        match self.outbox.add(egress, len) {
+            Some(bytes) => {
+                fill(bytes);
+                let vif = match egress {
+                    Iface::Uplink => None,
+                    Iface::Client(ClientId(id)) => self.registry.vif(id),
+                };
+                if let Some(fake) = vif.and_then(|vif| vif.fake) {
+                    super::fake::to_visible(bytes, Checksum::Unverified, &fake);
+                }
+                true
             }
-        });
-        if !fits {
-            self.counters.outbox_full = self.counters.outbox_full.wrapping_add(1);
+            None => {
+                self.counters.outbox_full = self.counters.outbox_full.wrapping_add(1);
+                false
+            }
         }
-        fits
     }
 }
 

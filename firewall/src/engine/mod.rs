@@ -129,6 +129,18 @@ fn start_of(frame: &Frame<'_>) -> Start {
     }
 }
 
+/// Notes where a frame goes, if that is known; says whether it is.
+#[inline(always)]
+fn send(verdict: &mut Verdict, egress: Option<Iface>) -> bool {
+    match egress {
+        Some(egress) => {
+            *verdict = Verdict::Forward { egress };
+            true
+        }
+        None => false,
+    }
+}
+
 /// The client that a frame comes from, if any, and whether it goes to one.
 #[inline(always)]
 const fn side_of(ingress: Iface) -> (ClientId, bool) {
@@ -166,56 +178,65 @@ impl Engine {
 
     /// Decides one frame and rewrites it.
     pub fn process(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
-        match self.take(ingress, frame, now, Ticks::at(now)) {
-            Some(verdict) => verdict,
-            None => self.decide(ingress, frame, now),
+        let mut verdict = Verdict::Held;
+        if !self.take(ingress, frame, &mut verdict, now, Ticks::at(now)) {
+            verdict = self.decide(ingress, frame, now);
         }
+        verdict
     }
 
-    /// Sends a plain packet of an established flow on. The directions of IPv4 are compiled apart,
-    /// because they are the bulk.
+    /// Sends a plain packet of an established flow on, if it is one. The directions of IPv4 are compiled
+    /// apart, because they are the bulk.
     #[inline(always)]
     fn take(
         &mut self,
         ingress: Iface,
         frame: &mut Frame<'_>,
+        verdict: &mut Verdict,
         now: Time,
         ticks: Ticks,
-    ) -> Option<Verdict> {
+    ) -> bool {
         match (start_of(frame), ingress) {
             (Start::V4, Iface::Client(id)) => {
-                let key = shortcut::read(&self.core, frame.head, frame.len, false)?;
+                let Some(key) = shortcut::read(&self.core, frame.head, frame.len, false) else {
+                    return false;
+                };
                 let place = self.flows4.place(&key);
                 let Some(flow) = self.flows4.find_mut_at(place, &key, false) else {
                     ::core::hint::cold_path();
-                    return Some(self.open4(id, frame, Some(place), now));
+                    *verdict = self.open4(id, frame, Some(place), now);
+                    return true;
                 };
-                let egress =
-                    shortcut::pass(&mut self.core, flow, id, Meta::of(frame), ticks, false)?;
-                Some(Verdict::Forward { egress })
+                let (core, parts) = (&mut self.core, Meta::of(frame));
+                send(verdict, shortcut::pass(core, flow, id, parts, ticks, false))
             }
             (Start::V4, Iface::Uplink) => {
-                let key = shortcut::read(&self.core, frame.head, frame.len, true)?;
+                let Some(key) = shortcut::read(&self.core, frame.head, frame.len, true) else {
+                    return false;
+                };
                 let place = self.flows4.place(&key);
-                let flow = self.flows4.find_mut_at(place, &key, true)?;
+                let Some(flow) = self.flows4.find_mut_at(place, &key, true) else {
+                    return false;
+                };
                 let (core, parts) = (&mut self.core, Meta::of(frame));
-                let egress = shortcut::pass(core, flow, NO_CLIENT, parts, ticks, true)?;
-                Some(Verdict::Forward { egress })
+                send(
+                    verdict,
+                    shortcut::pass(core, flow, NO_CLIENT, parts, ticks, true),
+                )
             }
-            (Start::V6, _) => self.take6(ingress, frame, ticks),
-            (Start::Other, _) => None,
+            (Start::V6, _) => send(verdict, self.take6(ingress, frame, ticks)),
+            (Start::Other, _) => false,
         }
     }
 
     #[inline(never)]
-    fn take6(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Ticks) -> Option<Verdict> {
+    fn take6(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Ticks) -> Option<Iface> {
         let core = &mut self.core;
         let reply = side_of(ingress).1;
         let key = shortcut::read(core, frame.head, frame.len, reply)?;
         let place = self.flows6.place(&key);
         let flow = self.flows6.find_mut_at(place, &key, reply)?;
-        let egress = pass6(core, flow, ingress, Meta::of(frame), now)?;
-        Some(Verdict::Forward { egress })
+        pass6(core, flow, ingress, Meta::of(frame), now)
     }
 
     /// Every packet that the shortcut does not take.
@@ -278,13 +299,11 @@ impl Engine {
     fn process_singly(&mut self, work: &mut [Work<'_>], now: Time) {
         let ticks = Ticks::at(now);
         for item in work {
-            item.verdict = match self.take(item.ingress, &mut item.frame, now, ticks) {
-                Some(verdict) => verdict,
-                None => {
-                    ::core::hint::cold_path();
-                    self.decide(item.ingress, &mut item.frame, now)
-                }
-            };
+            let (ingress, frame) = (item.ingress, &mut item.frame);
+            if !self.take(ingress, frame, &mut item.verdict, now, ticks) {
+                ::core::hint::cold_path();
+                item.verdict = self.decide(item.ingress, &mut item.frame, now);
+            }
         }
     }
 
@@ -302,8 +321,8 @@ impl Engine {
         let mut left = batch.iter_mut();
         for number in located {
             let Some(item) = left.next() else { return };
-            if let Some(egress) = self.pass(number, item.ingress, &mut item.frame, ticks) {
-                item.verdict = Verdict::Forward { egress };
+            let egress = self.pass(number, item.ingress, &mut item.frame, ticks);
+            if send(&mut item.verdict, egress) {
                 continue;
             }
             ::core::hint::cold_path();

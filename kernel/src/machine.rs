@@ -31,7 +31,7 @@ use crate::source::Source;
 use crate::terminal::Terminal;
 
 /// Flows and fragments that may be expired in one iteration.
-const EXPIRIES_PER_ITERATION: u32 = 64;
+const EXPIRIES_PER_ITERATION: u32 = 48;
 /// How long we wait for a source of settings before calls are served without one.
 const LONELY: Duration = Duration::from_secs(3);
 /// The longest sleep, so that counters and clocks are looked at now and then.

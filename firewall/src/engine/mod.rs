@@ -180,7 +180,7 @@ impl Engine {
     pub fn process(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
         let mut verdict = Verdict::Held;
         if !self.take(ingress, frame, &mut verdict, now, Ticks::at(now)) {
-            verdict = self.decide(ingress, frame, now);
+            verdict = self.decide(ingress, frame, now, false);
         }
         verdict
     }
@@ -239,11 +239,19 @@ impl Engine {
         pass6(core, flow, ingress, Meta::of(frame), now)
     }
 
-    /// Every packet that the shortcut does not take.
+    /// Every packet that the shortcut does not take. `unknown` says that no flow was found for it.
     #[inline]
-    fn decide(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
+    fn decide(
+        &mut self,
+        ingress: Iface,
+        frame: &mut Frame<'_>,
+        now: Time,
+        unknown: bool,
+    ) -> Verdict {
         match (start_of(frame), ingress) {
-            (Start::V4, Iface::Client(id)) => self.open4(id, frame, None, now),
+            (Start::V4, Iface::Client(id)) if opening::is_worth_it::<V4>(frame.head, unknown) => {
+                self.open4(id, frame, None, now)
+            }
             _ => self.decide_fully(ingress, frame, now),
         }
     }
@@ -302,7 +310,7 @@ impl Engine {
             let (ingress, frame) = (item.ingress, &mut item.frame);
             if !self.take(ingress, frame, &mut item.verdict, now, ticks) {
                 ::core::hint::cold_path();
-                item.verdict = self.decide(item.ingress, &mut item.frame, now);
+                item.verdict = self.decide(item.ingress, &mut item.frame, now, false);
             }
         }
     }
@@ -326,7 +334,7 @@ impl Engine {
                 continue;
             }
             ::core::hint::cold_path();
-            item.verdict = self.decide(item.ingress, &mut item.frame, now);
+            item.verdict = self.decide(item.ingress, &mut item.frame, now, number == NO_FLOW);
             // Only the long way removes flows; then numbers may mean something else.
             if removals != self.removals() {
                 break;

@@ -25,6 +25,20 @@ use crate::wire::ipv4::Network;
 use crate::wire::transport::{self, Kind, Transport};
 use crate::wire::{checksum, ethernet, low16, protocol};
 
+/// Whether a packet may be the first of a flow: a SYN, or a datagram if the packet is `unknown`, that is
+/// if no flow was found for it.
+#[inline(always)]
+pub(crate) fn is_worth_it<A: Local>(head: &[u8], unknown: bool) -> bool {
+    let Some((front, rest)) = A::front(head) else {
+        return false;
+    };
+    match A::protocol(front) {
+        protocol::TCP => rest.first_chunk().is_some_and(steady::is_first),
+        protocol::UDP => unknown,
+        _ => false,
+    }
+}
+
 /// Decides a packet of a client; `None` if that takes the long way. `known` is where its key belongs, if
 /// it was looked up and has no flow.
 #[inline(always)]
@@ -44,16 +58,6 @@ pub(crate) fn decide<A: Local>(
     // A7
     let Some(source) = A::list(vif).source(key.src) else {
         return Some(Verdict::Drop(DropReason::SpoofedSource));
-    };
-    let place = match known {
-        Some(place) => place,
-        None => {
-            let place = table.place(key);
-            if table.find_at(place, key, false).is_some() {
-                return None;
-            }
-            place
-        }
     };
     let head = &*frame.head;
     let (front, rest) = A::front(head)?;
@@ -114,7 +118,7 @@ pub(crate) fn decide<A: Local>(
         return None;
     }
     // A21
-    let entry = core.registry.sources.get_mut(usize::from(source))?;
+    let entry = core.registry.source(source)?;
     let Rules::Compiled(rules) = &entry.rules else {
         return None;
     };
@@ -126,6 +130,10 @@ pub(crate) fn decide<A: Local>(
     let decision = A::decide(rules, destination, upper);
     core.last_rule = Some(decision.rule);
     if decision.action == Action::Drop {
+        // A flow to another resolver than now would still be allowed.
+        if known.is_none() && destination != key.dst {
+            return None;
+        }
         let reason = match decision.rule {
             RuleRef::Number(_) => DropReason::Rule,
             RuleRef::Policy => DropReason::Policy,
@@ -137,16 +145,29 @@ pub(crate) fn decide<A: Local>(
             core, frame, &packet, ingress, complaint, reason, now,
         ));
     }
+    let rule = forward::rule_number(decision.rule);
+    let epoch = entry.epoch;
+    // A10. Rules refuse no packet of a flow whose epoch is current, so they can be asked first.
+    let place = match known {
+        Some(place) => place,
+        None => {
+            let place = table.place(key);
+            if table.find_at(place, key, false).is_some() {
+                return None;
+            }
+            place
+        }
+    };
     // A24. The source speaks through this vif now (D10).
-    entry.vif = id.0;
+    core.registry.use_vif(source, id.0);
     let start = Start {
         source,
-        epoch: entry.epoch,
+        epoch,
         place,
         original: *key,
         kind,
         destination,
-        rule: forward::rule_number(decision.rule),
+        rule,
         opaque: false,
         tcp,
     };

@@ -5,10 +5,10 @@
 //! [`super::Track::follow_established`] does, with everything left out that cannot happen. For any
 //! other it changes nothing and says so, and the segment takes the long way.
 
-use super::{
-    ACK, Event, FIN, Last, MIN_ACK_WINDOW, Patience, RST, SIDE_ACK_KNOWN, SIDE_UNACKNOWLEDGED, SYN,
-    Side, after,
-};
+use super::segment::{ACK, FIN, RST, SYN, after};
+use super::state::{Event, Patience};
+use super::window::MIN_ACK_WINDOW;
+use super::{Last, SIDE_ACK_KNOWN, SIDE_UNACKNOWLEDGED, Side};
 
 /// Bytes of a TCP header from the acknowledgement on.
 pub(crate) type Tail = [u8; 12];

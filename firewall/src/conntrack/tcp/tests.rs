@@ -1,3 +1,4 @@
+use super::segment::{ACK, FIN, RST, SYN, URG, highest_sack};
 use super::*;
 
 const PS: u8 = 0x08;

@@ -141,7 +141,7 @@ impl Track<'_> {
             Window::Accept => {
                 self.last.kind = Event::Ack as u8;
                 self.last.reply = reply;
-                self.settle_established(segment);
+                self.settle_established();
                 Tracked::Accept
             }
             Window::Ignore => Tracked::Ignore,
@@ -151,14 +151,20 @@ impl Track<'_> {
 
     /// Timeout and assurance after an acknowledgement in the established state.
     #[inline(always)]
-    fn settle_established(&mut self, segment: &Segment) {
-        let unacknowledged = (self.sender.flags | self.receiver.flags) & SIDE_UNACKNOWLEDGED != 0;
-        *self.patience = if !self.replied || unacknowledged || segment.window == 0 {
+    fn settle_established(&mut self) {
+        *self.patience = if !self.replied || self.is_stuck() {
             Patience::Unacknowledged
         } else {
             Patience::Established
         };
         *self.assured |= self.replied;
+    }
+
+    /// Whether one side waits: for an acknowledgement, or for the other one's window to open.
+    #[inline(always)]
+    const fn is_stuck(&self) -> bool {
+        (self.sender.flags | self.receiver.flags) & SIDE_UNACKNOWLEDGED != 0
+            || self.last.window == 0
     }
 
     #[inline(never)]
@@ -222,15 +228,33 @@ impl Track<'_> {
                     Reset::Invalid => return Tracked::Invalid(DropReason::TcpWindow),
                 }
                 if in_window {
-                    return self.settle(segment, reply, event, old, new);
+                    return self.settle(reply, event, old, new);
                 }
             }
             _ => {}
         }
         match self.window(segment, options, reply) {
-            Window::Accept => self.settle(segment, reply, event, old, new),
+            Window::Accept => self.settle(reply, event, old, new),
             Window::Ignore => Tracked::Ignore,
-            Window::Invalid => Tracked::Invalid(DropReason::TcpWindow),
+            Window::Invalid => {
+                self.note_refused(reply, event);
+                Tracked::Invalid(DropReason::TcpWindow)
+            }
+        }
+    }
+
+    /// Remembers a reset or FIN that does not fit the windows of a connection which was alive. It must
+    /// not pass, but is a sign that the connection is over, more so if both sides send one.
+    fn note_refused(&mut self, reply: bool, event: Event) {
+        let ends = |kind: u8| kind == Event::Fin as u8 || kind == Event::Rst as u8;
+        if !*self.assured || !ends(event as u8) {
+            return;
+        }
+        if self.last.reply == reply || !ends(self.last.kind) {
+            self.last.kind = event as u8;
+            self.last.reply = reply;
+        } else if *self.patience == Patience::Established {
+            *self.patience = Patience::Unacknowledged;
         }
     }
 
@@ -253,7 +277,10 @@ impl Track<'_> {
             scale: self.last.scale,
             flags: self.last.flags & (SIDE_SCALES | SIDE_SACK),
         };
-        *self.sender = Side::default();
+        *self.sender = Side {
+            flags: self.sender.flags & SIDE_LIBERAL,
+            ..Side::default()
+        };
         Some(State::SynReceived)
     }
 
@@ -287,9 +314,14 @@ impl Track<'_> {
 
     /// How far a reset is to be believed, and whether to do so without looking at the window.
     fn reset(&self, segment: &Segment, reply: bool, old: State) -> (Reset, bool) {
+        // The ports may belong to the next connection already, of which nothing is known here.
+        if old.is_closing() {
+            return (Reset::Believe, true);
+        }
         let established = old == State::Established && *self.assured;
         let mut verdict = Reset::Believe;
-        if self.receiver.flags & SIDE_ACK_KNOWN != 0 {
+        // After a SYN that was let through, what was acknowledged before it says nothing.
+        if self.receiver.flags & SIDE_ACK_KNOWN != 0 && self.last.kind != Event::Syn as u8 {
             let expected = self.receiver.max_ack;
             // A reset that answers a SYN has no sequence number.
             if segment.seq == 0 && !established {
@@ -318,20 +350,14 @@ impl Track<'_> {
         }
         // It refuses a segment that was let through without belief, and may acknowledge more than
         // is known here.
-        let refuses = (self.replied && self.last.kind == Event::Syn as u8)
-            || (!*self.assured && self.last.kind == Event::Ack as u8);
+        let after_syn = self.last.kind == Event::Syn as u8 && self.last.reply != reply;
+        let refuses =
+            (self.replied && after_syn) || (!*self.assured && self.last.kind == Event::Ack as u8);
         (verdict, refuses && segment.ack == self.last.end)
     }
 
     /// The segment is in the window: the flow changes.
-    fn settle(
-        &mut self,
-        segment: &Segment,
-        reply: bool,
-        event: Event,
-        old: State,
-        new: State,
-    ) -> Tracked {
+    fn settle(&mut self, reply: bool, event: Event, old: State, new: State) -> Tracked {
         self.last.kind = event as u8;
         self.last.reply = reply;
         *self.state = new;
@@ -341,16 +367,16 @@ impl Track<'_> {
         if !self.replied && event == Event::Rst {
             return Tracked::Last;
         }
-        let unacknowledged = (self.sender.flags | self.receiver.flags) & SIDE_UNACKNOWLEDGED != 0;
+        // A SYN that is sent again does not keep a flow alive that nobody answers.
+        if !self.replied && event == Event::Syn && old == State::SynSent {
+            return Tracked::Ignore;
+        }
         let usual = if event == Event::Rst {
             Patience::Closed
         } else {
             new.patience()
         };
-        let doubtful = unacknowledged
-            || (event == Event::Ack && segment.window == 0)
-            || (!self.replied && new == State::Established);
-        *self.patience = if doubtful && usual == Patience::Established {
+        *self.patience = if usual == Patience::Established && (!self.replied || self.is_stuck()) {
             Patience::Unacknowledged
         } else {
             usual

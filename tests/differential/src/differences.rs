@@ -75,18 +75,17 @@ pub(crate) const ALL: &[Difference] = &[
         },
     },
     Difference {
-        name: OUT_OF_STEP,
-        what: "a segment far outside of the window, after others that were let pass without belief, passes one and not the other",
-        reason: "qubes-policy.md 3.3 wants such segments dropped and does not say how far ignored ones count; allowed only as often as MOST_OUT_OF_STEP says",
+        name: "fragments within fragments",
+        what: "the kernel passes over a fragment whose place is taken by one that came before; the engine gives the datagram up, unless it is the same fragment again",
+        reason: "qubes-policy.md 3.8: overlapping fragments discard the datagram; RFC 5722 makes no difference between kinds of overlaps",
         applies: |case| {
-            let passes = |seen: &[Seen]| {
-                !seen.is_empty() && seen.iter().all(|own| own.port != case.step.port)
-            };
-            matches!(case.packet().body, Body::Tcp(_))
-                && case.packet().damage == Damage::None
-                && (matches!(case.verdict, Verdict::Drop(DropReason::TcpWindow))
-                    && passes(case.kernel)
-                    || case.kernel.is_empty() && passes(case.engine))
+            case.dropped(&[DropReason::FragmentOverlap])
+                && !case.kernel.is_empty()
+                && case
+                    .packet()
+                    .split
+                    .as_ref()
+                    .is_some_and(|split| split.overlap.is_none())
         },
     },
     Difference {
@@ -184,13 +183,6 @@ pub(crate) const ALL: &[Difference] = &[
     },
 ];
 
-/// How often "TCP out of step" may explain something, in a million packets. It is there for rare
-/// sequences of resets and unexpected segments (20 in a million were seen) and must not hide more.
-pub(crate) const MOST_OUT_OF_STEP: u64 = 60;
-
-/// The name of the difference that is bounded by [`MOST_OUT_OF_STEP`].
-pub(crate) const OUT_OF_STEP: &str = "TCP out of step";
-
 /// Why nothing comes in from the uplink.
 const NOT_FROM_UPLINK: &[DropReason] = &[
     DropReason::Transit,
@@ -200,6 +192,7 @@ const NOT_FROM_UPLINK: &[DropReason] = &[
     DropReason::NeighbourIgnored,
     DropReason::Unsolicited,
     DropReason::SourceRouted,
+    DropReason::FragmentMalformed,
 ];
 
 /// What connection tracking calls invalid.
@@ -236,11 +229,12 @@ impl Case<'_> {
         !self.kernel.is_empty() && self.kernel.iter().all(|seen| seen.port == port)
     }
 
+    /// The ICMP message that the kernel answered with, more than once if it got the packet in pieces
+    /// of which some came twice.
     fn kernel_icmp(&self) -> Option<(u8, u8)> {
-        match self.kernel {
-            [one] if one.port == self.step.port => one.icmp(),
-            _ => None,
-        }
+        let (first, others) = self.kernel.split_first()?;
+        let same = first.port == self.step.port && others.iter().all(|own| own == first);
+        if same { first.icmp() } else { None }
     }
 
     /// What a rejecting rule answers.

@@ -81,6 +81,8 @@ pub(crate) struct Split {
     pub(crate) order: Vec<usize>,
     /// This piece starts eight bytes early and so overlaps the one before.
     pub(crate) overlap: Option<usize>,
+    /// The second eight bytes of this piece are sent again, as a piece of their own.
+    pub(crate) again: Option<usize>,
 }
 
 /// An IP packet.
@@ -335,6 +337,10 @@ impl Packet {
             let from = number * split.size - early;
             let to = ((number + 1) * split.size).min(transport.len());
             sent.push(self.piece(&transport[from..to], Some((from, number + 1 < count))));
+            if split.again == Some(number) && to - from > 16 {
+                let part = &transport[from + 8..from + 16];
+                sent.push(self.piece(part, Some((from + 8, true))));
+            }
         }
         sent
     }

@@ -193,7 +193,7 @@ impl Replay<'_> {
         // The engine tracks a segment with a wrong checksum that it lets pass; the kernel does not.
         let untracked = step.packet.options.first() == Some(&0x83);
         if untracked || step.packet.damage == crate::packet::Damage::TransportChecksum {
-            self.retired.extend(step.flow);
+            self.retire(step);
         }
         if kernel_seen == engine_seen {
             agrees_with_itself(step, verdict, &engine_seen)?;
@@ -208,8 +208,9 @@ impl Replay<'_> {
         };
         match differences::ALL.iter().find(|own| (own.applies)(&case)) {
             Some(difference) => {
-                // What the kernel sent back to the uplink has a translation, which may be in the way.
-                if step.port == 0 {
+                // What the kernel alone sent to the uplink has a translation, which may be in the way.
+                let sent_out = kernel_seen.iter().any(|own| own.port == 0);
+                if step.port == 0 || sent_out {
                     let ends = [step.packet.src, step.packet.dst];
                     self.occupied
                         .extend(ends.map(|own| (step.packet.protocol, own)));
@@ -219,10 +220,21 @@ impl Replay<'_> {
                     .differences
                     .entry(difference.name.to_owned())
                     .or_default() += 1;
-                self.retired.extend(step.flow);
+                self.retire(step);
                 Ok(())
             }
             None => Err(describe(&case)),
+        }
+    }
+
+    /// From here on the two know different things about the flow of a step, and about what is sent to
+    /// the port that it has outside.
+    fn retire(&mut self, step: &Step) {
+        if let Some(number) = step.flow
+            && let Some(flow) = self.script.flows.get(number)
+        {
+            self.retired.insert(number);
+            self.occupied.insert((flow.protocol, flow.remote));
         }
     }
 

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use crate::kernel::Port;
 use crate::packet::{
-    Body, ICMP, ICMPV6, Packet, TCP, UDP, checksum_at, octets, ones_sum, transport_sum,
+    Body, ICMP, ICMPV6, Packet, Selector, TCP, UDP, checksum_at, octets, ones_sum, transport_sum,
 };
 
 /// What is known about the checksum of a transport.
@@ -172,6 +172,10 @@ fn check(parts: &mut Parts, whole: bool) -> Sum {
         return Sum::Unknown;
     };
     if parts.payload.len() < at + 2 {
+        // Half of a checksum, over a port that was chosen on each side.
+        if let Some(half) = parts.payload.get_mut(at) {
+            *half = 0;
+        }
         return Sum::Unknown;
     }
     let absent = parts.protocol == UDP && word(&parts.payload, at) == 0;
@@ -188,7 +192,7 @@ fn check(parts: &mut Parts, whole: bool) -> Sum {
 /// Where the port is that the translation may have chosen.
 fn chosen_at(parts: &Parts, is_source: bool) -> Option<usize> {
     let query = |kind: u8| match parts.src.is_ipv6() {
-        false => matches!(kind, 0 | 8 | 13 | 14),
+        false => matches!(kind, 0 | 8 | 13..=18),
         true => matches!(kind, 128 | 129),
     };
     match parts.protocol {
@@ -280,6 +284,17 @@ fn one(
     let error = is_error(&parts);
     if back {
         blank_own_choices(&mut parts);
+        // An answer has the identifier of the question, which the translation chose on each side.
+        if matches!(
+            &packet.body,
+            Body::Icmp {
+                id: Selector::Outside(_),
+                ..
+            }
+        ) && let Some(at) = chosen_at(&parts, true)
+        {
+            put(&mut parts.payload, at, 0);
+        }
     }
     let mut quote = None;
     let mut chosen = None;
@@ -320,8 +335,8 @@ pub(crate) fn own_port(packet: &Packet) -> Option<u16> {
         Body::Error { .. } | Body::Raw(_) => return None,
     };
     match selector {
-        crate::packet::Selector::Is(number) => Some(number),
-        crate::packet::Selector::Outside(_) => None,
+        Selector::Is(number) => Some(number),
+        Selector::Outside(_) => None,
     }
 }
 

@@ -53,8 +53,10 @@ fn split(rng: &mut Rng, packet: &mut Packet) {
     }
     let mut order: Vec<usize> = (0..count).collect();
     let mut overlap = None;
+    let mut again = None;
     match rng.u8(..10) {
-        0..4 => {}
+        0..3 => {}
+        3 => again = Some(rng.usize(..count)),
         4..7 => rng.shuffle(&mut order),
         7 => order.push(rng.usize(..count)),
         8 => {
@@ -66,6 +68,7 @@ fn split(rng: &mut Rng, packet: &mut Packet) {
         size,
         order,
         overlap,
+        again,
     });
 }
 

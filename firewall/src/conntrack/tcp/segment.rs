@@ -175,16 +175,14 @@ pub(super) fn highest_sack(options: &[u8], ack: u32) -> u32 {
 
 fn scan_sack(options: &[u8], ack: u32) -> u32 {
     let mut highest = ack;
-    for (kind, value) in Options(options) {
-        if kind != 5 {
-            continue;
-        }
-        let (blocks, _) = value.as_chunks::<8>();
-        for [_, _, _, _, right @ ..] in blocks {
-            let right = u32::from_be_bytes(*right);
-            if after(right, highest) {
-                highest = right;
-            }
+    let blocks = Options(options).find_map(|(kind, value)| match value.as_chunks::<8>() {
+        (blocks @ [_, ..], []) if kind == 5 => Some(blocks),
+        _ => None,
+    });
+    for [_, _, _, _, right @ ..] in blocks.unwrap_or_default() {
+        let right = u32::from_be_bytes(*right);
+        if after(right, highest) {
+            highest = right;
         }
     }
     highest

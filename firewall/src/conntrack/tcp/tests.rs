@@ -47,6 +47,10 @@ impl Flow {
     }
 
     fn step(&mut self, segment: &Segment, reply: bool) -> Tracked {
+        self.step_with(segment, &[], reply)
+    }
+
+    fn step_with(&mut self, segment: &Segment, options: &[u8], reply: bool) -> Tracked {
         let [original, replying] = &mut self.sides;
         let (sender, receiver) = match reply {
             false => (original, replying),
@@ -61,7 +65,7 @@ impl Flow {
             replied: self.replied,
             assured: &mut self.assured,
         }
-        .follow(segment, &[], reply);
+        .follow(segment, options, reply);
         self.replied |= reply;
         tracked
     }
@@ -275,4 +279,140 @@ fn beginning_with_a_syn_is_a_shortcut_for_tracking_it() {
             (last.kind, last.reply)
         );
     }
+}
+
+// Below: sequences that the comparison with Linux 6.18 has shown.
+
+#[test]
+fn reset_of_a_closing_flow_passes_whatever_its_number() {
+    let mut flow = Flow::established();
+    let fin = segment(1001, 5001, FIN | ACK, 0);
+    assert_eq!(flow.step(&fin, false), Tracked::Accept);
+    assert_eq!(flow.step(&segment(7, 0, RST, 0), true), Tracked::Accept);
+    assert_eq!(flow.state, State::Closed);
+    // And once more, from the other side.
+    let far = segment(1 << 31, 0, RST, 0);
+    assert_eq!(flow.step(&far, false), Tracked::Accept);
+}
+
+#[test]
+fn reset_refuses_an_ignored_syn_only_from_the_other_side() {
+    let syn = segment(90_000, 0, SYN, 0);
+    for (reply, expected) in [
+        (false, Tracked::Invalid(DropReason::TcpWindow)),
+        (true, Tracked::Accept),
+    ] {
+        let mut flow = Flow::established();
+        assert_eq!(flow.step(&syn, false), Tracked::Ignore);
+        let reset = segment(900_000, 90_001, RST | ACK, 0);
+        assert_eq!(flow.step(&reset, reply), expected);
+    }
+}
+
+#[test]
+fn reset_after_an_ignored_syn_is_not_held_against_older_acknowledgements() {
+    let behind = segment(4900, 1001, RST | ACK, 0);
+    let mut flow = Flow::established();
+    assert_eq!(
+        flow.step(&behind, true),
+        Tracked::Invalid(DropReason::TcpWindow)
+    );
+    let mut flow = Flow::established();
+    assert_eq!(
+        flow.step(&segment(90_000, 0, SYN, 0), false),
+        Tracked::Ignore
+    );
+    assert_eq!(flow.step(&behind, true), Tracked::Accept);
+    assert_eq!(flow.state, State::Closed);
+}
+
+#[test]
+fn refused_fin_stands_between_an_ignored_syn_and_its_answer() {
+    let mut flow = Flow::established();
+    assert_eq!(flow.step(&segment(1001, 0, SYN, 0), false), Tracked::Ignore);
+    let fin = segment(1001, 9_000_000, FIN | ACK, 0);
+    assert_eq!(
+        flow.step(&fin, false),
+        Tracked::Invalid(DropReason::TcpWindow)
+    );
+    let answer = segment(5001, 1002, SYN | ACK, 0);
+    assert_eq!(flow.step(&answer, true), Tracked::Ignore);
+    assert_eq!(flow.state, State::Established);
+}
+
+#[test]
+fn refused_ends_from_both_sides_shorten_the_patience() {
+    let mut flow = Flow::established();
+    let fin = segment(1001, 9_000_000, FIN | ACK, 0);
+    let reset = segment(9_000_000, 9_000_000, FIN | ACK, 0);
+    assert!(matches!(flow.step(&fin, false), Tracked::Invalid(_)));
+    assert_eq!(flow.patience, Patience::Established);
+    assert!(matches!(flow.step(&reset, true), Tracked::Invalid(_)));
+    assert_eq!(flow.patience, Patience::Unacknowledged);
+}
+
+#[test]
+fn newer_syn_before_any_answer_keeps_its_window_scale() {
+    let options = [3, 3, 7, 1];
+    let mut flow = Flow::open(&segment(1000, 0, SYN, 0));
+    // Newer, so it replaces the first; nobody knows yet whether the other side scales.
+    assert_eq!(
+        flow.step_with(&segment(2000, 0, SYN, 0), &options, false),
+        Tracked::Ignore
+    );
+    assert_eq!(flow.sides[0].scale, 7);
+    let answer = segment(5000, 2001, SYN | ACK, 0);
+    assert_eq!(flow.step_with(&answer, &options, true), Tracked::Accept);
+    assert_eq!((flow.sides[0].scale, flow.sides[1].scale), (7, 7));
+}
+
+#[test]
+fn newer_syn_without_options_leaves_what_was_announced() {
+    let mut flow = Flow::open(&segment(1000, 0, SYN, 0));
+    let options = [3, 3, 7, 1];
+    flow.step_with(&segment(2000, 0, SYN, 0), &options, false);
+    flow.step_with(&segment(3000, 0, SYN, 0), &[], false);
+    assert_eq!({ flow.sides[0].end }, 3001);
+    assert_eq!(
+        (flow.sides[0].scale, flow.sides[0].flags & SIDE_SCALES),
+        (7, SIDE_SCALES)
+    );
+}
+
+#[test]
+fn repeated_syn_does_not_keep_a_flow_alive_that_nobody_answers() {
+    let syn = segment(1000, 0, SYN, 0);
+    let mut flow = Flow::open(&syn);
+    assert_eq!(flow.step(&syn, false), Tracked::Ignore);
+    assert_eq!(flow.state, State::SynSent);
+}
+
+#[test]
+fn server_of_a_flow_picked_up_stays_liberal_after_a_new_handshake() {
+    let mut flow = Flow::open(&segment(77, 88, ACK, 5));
+    assert_eq!(
+        flow.step(&segment(70_000, 0, SYN, 0), false),
+        Tracked::Ignore
+    );
+    let answer = segment(90_000, 70_001, SYN | ACK, 0);
+    assert_eq!(flow.step_with(&answer, &[4, 2], true), Tracked::Accept);
+    let far = segment(1 << 30, 70_001, ACK, 5);
+    assert_eq!(flow.step(&far, true), Tracked::Accept);
+    let far = segment(1 << 30, 90_001, ACK, 5);
+    assert!(matches!(flow.step(&far, false), Tracked::Invalid(_)));
+}
+
+#[test]
+fn only_the_first_well_formed_selective_acknowledgement_counts() {
+    let block = |edge: u32| [[0; 4], edge.to_be_bytes()].concat();
+    let options = [
+        &[5, 11][..],
+        &block(900),
+        &[0x01, 5, 10],
+        &block(100),
+        &[5, 10],
+        &block(500),
+    ]
+    .concat();
+    assert_eq!(highest_sack(&options, 60), 100);
 }

@@ -17,14 +17,18 @@ pub(super) enum Window {
 
 impl Track<'_> {
     /// The sender's first SYN, or a new one that replaces it.
-    fn begin_sender(&mut self, segment: &Segment, options: &[u8]) {
-        let (scale, flags) = announced(options);
+    fn begin_sender(&mut self, segment: &Segment, options: &[u8], reply: bool) {
         self.sender.end = segment.end;
         self.sender.max_end = segment.end;
         self.sender.max_window = u32::from(segment.window).max(1);
-        self.sender.scale = scale;
-        self.sender.flags = flags;
-        if flags & self.receiver.flags & SIDE_SCALES == 0 {
+        // A SYN without any option leaves standing what was announced before.
+        if !options.is_empty() {
+            let (scale, flags) = announced(options);
+            self.sender.scale = scale;
+            self.sender.flags = self.sender.flags & SIDE_LIBERAL | flags;
+        }
+        // Both must want scaling, which is known once the other side has answered.
+        if reply && self.sender.flags & self.receiver.flags & SIDE_SCALES == 0 {
             self.sender.scale = 0;
             self.receiver.scale = 0;
         }
@@ -43,7 +47,7 @@ impl Track<'_> {
         let syn = segment.flags & SYN != 0;
         if self.sender.max_window == 0 {
             if syn {
-                self.begin_sender(segment, options);
+                self.begin_sender(segment, options, reply);
                 if segment.flags & ACK == 0 {
                     return Window::Accept;
                 }
@@ -54,7 +58,7 @@ impl Track<'_> {
             && after(end, self.sender.end)
             && matches!(*self.state, State::SynSent | State::SynReceived)
         {
-            self.begin_sender(segment, options);
+            self.begin_sender(segment, options, reply);
             if reply && segment.flags & ACK == 0 {
                 return Window::Accept;
             }

@@ -102,8 +102,8 @@ pub(crate) fn decide<A: Local>(
         destination = real.ok()?;
     }
     // A12 to A14, A22, A23
-    if key.dst.is_group()
-        || key.dst.is_martian()
+    if destination.is_group()
+        || destination.is_martian()
         || destination.is_link_scoped()
         || A::is_ours(core, destination)
         || A::node(&core.registry, destination).guarded

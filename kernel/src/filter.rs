@@ -333,7 +333,9 @@ impl Filter {
         }
         while let Some(transmit) = resolver.next_transmit() {
             let uplink = self.settings.uplink();
-            if let Some(frame) = uplink.and_then(|own| transmit.frame(own)) {
+            if engine.may_leave_for(transmit.server)
+                && let Some(frame) = uplink.and_then(|own| transmit.frame(own))
+            {
                 self.frame = frame;
                 return Some(Generated {
                     egress: Iface::Uplink,

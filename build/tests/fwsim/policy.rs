@@ -331,3 +331,30 @@ fn new_rules_cut_flows_of_every_protocol_and_keep_what_they_allow() {
     ];
     assert_eq!(verdicts, expected);
 }
+
+/// Row A23 and 3.5: our own questions do not go to addresses of clients, nor to those of A12 or to ourselves.
+#[test]
+fn resolver_asks_no_address_that_must_not_leave() {
+    for (server, asks) in [
+        ("192.168.1.1", true),
+        ("10.137.0.10", false),
+        ("10.137.0.20", false),
+        ("127.0.0.1", false),
+        ("224.0.0.1", false),
+        ("10.137.0.5", false),
+    ] {
+        let mut world = World::new();
+        world.file("config/qubesdb/qubes-primary-dns", server);
+        world.file("config/qubesdb/connected-ips", "10.137.0.10 10.137.0.20");
+        world.rules(
+            "config",
+            "10.137.0.10",
+            &["action=accept dsthost=a.example"],
+        );
+        world.frame(0, 0, "c1", datagram(0, (WEB, 7)));
+        world.frame(3, 0, "c1", datagram(0, (WEB, 7)));
+        let run = world.run();
+        assert_eq!(!run.sent("uplink").is_empty(), asks, "{server}");
+        assert_eq!(run.verdict(2), "reject policy policy");
+    }
+}

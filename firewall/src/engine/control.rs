@@ -6,7 +6,8 @@
 use alloc::vec::Vec;
 use core::net::{IpAddr, Ipv4Addr};
 
-use super::{Engine, family_of};
+use super::{Engine, family_of, uplink};
+use crate::address::{Address, V4, V6};
 use crate::config::{AttachError, ClientConfig, Downstream, MappedAddress, UplinkConfig};
 use crate::conntrack::flow::{LIVE, Ticks};
 use crate::conntrack::table::FlowTable;
@@ -50,6 +51,17 @@ impl Engine {
     pub fn set_configured(&mut self, addresses: &[IpAddr]) {
         self.mind_epochs();
         self.core.registry.set_configured(addresses);
+    }
+
+    /// Whether a packet of the owner's own may leave for an address by the uplink: A12 and A23 hold for
+    /// those, too.
+    pub fn may_leave_for(&self, address: IpAddr) -> bool {
+        let reason = match (V4::from_ip(address), V6::from_ip(address)) {
+            (Some(address), _) => uplink::bad_source(&self.core, address),
+            (_, Some(address)) => uplink::bad_source(&self.core, address),
+            (None, None) => None,
+        };
+        reason.is_none()
     }
 
     /// Replaces the list of clients that believe in another address than their own.

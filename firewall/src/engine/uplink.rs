@@ -54,7 +54,8 @@ pub(crate) fn without_flow<A: Local>(
     Verdict::Drop(DropReason::Transit)
 }
 
-/// B3, and sources that nothing sends from: our own addresses and martians.
+/// B3, and sources that nothing sends from: our own addresses and martians. Nothing of ours goes to
+/// them, either.
 pub(crate) fn bad_source<A: Local>(core: &Core, src: A) -> Option<DropReason> {
     if A::node(&core.registry, src).guarded {
         return Some(DropReason::GuardedSource);

@@ -26,6 +26,9 @@
 
 extern crate alloc;
 
+#[cfg(feature = "blocks")]
+#[doc(hidden)]
+pub mod blocks;
 pub mod command;
 pub mod data_path;
 pub mod devices;

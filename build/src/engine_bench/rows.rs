@@ -363,6 +363,16 @@ pub(super) const ROWS: &[Row] = &[
         Goal::None,
         "",
     ),
+    other(
+        "W12",
+        "cutting 64 KiB, receiver sums (kernel)",
+        Run::Block("cut-blank"),
+    ),
+    other(
+        "W12",
+        "cutting 64 KiB, we sum (kernel)",
+        Run::Block("cut-summed"),
+    ),
     row(
         "W13",
         "fragments in order",

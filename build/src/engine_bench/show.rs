@@ -48,7 +48,7 @@ impl Engine {
             );
         }
         anstream::println!(
-            "  W12 is not the engine's: what it decides about a large frame is W11, and kernel/src/offload.rs cuts it"
+            "  W12 is not the engine's, which decides about the headers (W11): kernel/src/offload.rs cuts, for receivers without GSO"
         );
         anstream::println!(
             "  P17 at most two buckets are read for a key, whatever the keys are: the index has no third place (conntrack/index.rs)"

@@ -21,7 +21,7 @@ use crate::{Failure, measured, side};
 const NOW: Time = Time::from_secs(1001);
 
 /// What the kernel lets expire in one iteration of its main loop (`EXPIRIES_PER_ITERATION`).
-const EXPIRIES: u32 = 64;
+const EXPIRIES: u32 = 48;
 
 /// Flows that the flooding client makes up (W15).
 const FLOODS: u32 = 65_536;

@@ -1,4 +1,5 @@
-//! W20: the engine's building blocks one by one. `engine_blocks BLOCK` runs one of them, checks what came of
+//! W20: the engine's building blocks one by one, and W12, the cutting of large packets, which is the kernel's
+//! (`kernel/src/offload.rs`). `engine_blocks BLOCK` runs one of them, checks what came of
 //! it and prints how often it ran; callgrind counts `engine_blocks::measured::*`, the turn of the loop included.
 //!
 //! A program of its own, because a function that is called from two places may be compiled differently.
@@ -7,9 +8,15 @@
 
 use std::hint::black_box;
 
+use std::num::NonZeroU16;
+
 use engine_bench::Failure;
+use engine_bench::workload::Plan;
 use firewall::Time;
 use firewall::blocks::Table;
+use kernel::blocks::Large;
+use xen::DomId;
+use xen::fake::FakeMachine;
 
 /// Flows in the table.
 const FLOWS: u32 = 65_536;
@@ -17,10 +24,17 @@ const FLOWS: u32 = 65_536;
 /// Turns of the loop.
 const TURNS: u32 = 4096;
 
+/// Large packets that are cut, and the payload of a segment of theirs.
+const LARGE: u32 = 64;
+const MSS: u16 = 1448;
+
 const NOW: Time = Time::from_secs(1000);
 
 fn main() -> Result<(), Failure> {
     let name = std::env::args().nth(1).unwrap_or_default();
+    if let "cut-blank" | "cut-summed" = name.as_str() {
+        return cut(name == "cut-blank");
+    }
     let mut table = Table::new(2 * FLOWS);
     for i in 0..FLOWS {
         table.insert(i, NOW).ok_or("no room")?;
@@ -47,13 +61,32 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
+/// W12: cuts the packet of W11.
+fn cut(blank: bool) -> Result<(), Failure> {
+    let mut hv = FakeMachine::new().domain(DomId(1));
+    let mut frame = Plan::new("gso", 1, 1, 1)?.arrivals().swap_remove(0).bytes;
+    // As long as a frame can be between domains, Ethernet header included.
+    frame.resize(usize::from(u16::MAX), 0x61);
+    frame.splice(16..18, (u16::MAX - 14).to_be_bytes());
+    let mss = NonZeroU16::new(MSS).ok_or("no payload")?;
+    let large = Large::new(&mut hv, &frame, mss).ok_or("no pages")?;
+    let segments = measured::cut(&large, blank);
+    large.release(&mut hv);
+    let expected = usize::from(u16::MAX - 14 - 40).div_ceil(usize::from(MSS));
+    if segments != expected * usize::try_from(LARGE)? {
+        return Err(format!("{segments} segments, not {expected} of each").into());
+    }
+    println!("{LARGE}");
+    Ok(())
+}
+
 /// A header whose checksum is right.
 const HEADER: [u8; 20] = [
     0x45, 0, 0, 0x32, 0, 1, 0x40, 0, 64, 6, 0xd3, 0x39, 10, 137, 0, 2, 93, 0, 0, 1,
 ];
 
 mod measured {
-    use super::{NOW, TURNS, black_box};
+    use super::{LARGE, Large, NOW, TURNS, black_box};
     use firewall::blocks::{self, Table};
 
     #[inline(never)]
@@ -128,5 +161,10 @@ mod measured {
             black_box(blocks::field(black_box(frame)));
         }
         TURNS
+    }
+
+    #[inline(never)]
+    pub(super) fn cut(large: &Large, blank: bool) -> usize {
+        (0..LARGE).map(|_| black_box(large).cut(blank)).sum()
     }
 }

@@ -6,6 +6,7 @@
 
 use alloc::boxed::Box;
 use alloc::vec;
+use alloc::vec::Vec;
 
 use crate::frame::Iface;
 
@@ -34,7 +35,10 @@ struct Record {
 /// The frames in order.
 #[derive(Debug)]
 pub(crate) struct Outbox {
-    bytes: Box<[u8]>,
+    /// Grows within what was reserved, so that memory which no frame has needed yet is not touched.
+    bytes: Vec<u8>,
+    /// Bytes that were reserved.
+    size: usize,
     /// Where the next frame starts.
     write: usize,
     records: Box<[Record]>,
@@ -49,8 +53,10 @@ impl Outbox {
             len: 0,
             egress: Iface::Uplink,
         };
+        let size = bytes.max(MIN_BYTES);
         Self {
-            bytes: vec![0; bytes.max(MIN_BYTES)].into_boxed_slice(),
+            bytes: Vec::with_capacity(size),
+            size,
             write: 0,
             records: vec![empty; MAX_FRAMES].into_boxed_slice(),
             first: 0,
@@ -60,7 +66,7 @@ impl Outbox {
 
     /// Where a frame of `len` bytes can lie, if anywhere.
     fn place(&self, len: usize) -> Option<usize> {
-        if self.count == self.records.len() || len > self.bytes.len() {
+        if self.count == self.records.len() || len > self.size {
             return None;
         }
         let Some(oldest) = self.oldest() else {
@@ -68,7 +74,7 @@ impl Outbox {
         };
         let read = usize::try_from(oldest.start).ok()?;
         if self.write > read {
-            if len <= self.bytes.len() - self.write {
+            if len <= self.size - self.write {
                 Some(self.write)
             } else {
                 (len <= read).then_some(0)
@@ -87,6 +93,9 @@ impl Outbox {
         let start = self.place(len)?;
         let record_len = u32::try_from(len).ok()?;
         let record_start = u32::try_from(start).ok()?;
+        if self.bytes.len() < start + len {
+            self.bytes.resize(start + len, 0);
+        }
         let room = self.bytes.get_mut(start..start + len)?;
         *self
             .records
@@ -109,11 +118,11 @@ impl Outbox {
 
     fn free_bytes(&self) -> usize {
         let Some(oldest) = self.oldest() else {
-            return self.bytes.len();
+            return self.size;
         };
         let read = usize::try_from(oldest.start).unwrap_or(0);
         if self.write > read {
-            self.bytes.len() - self.write + read
+            self.size - self.write + read
         } else {
             read - self.write
         }

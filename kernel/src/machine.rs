@@ -159,7 +159,7 @@ impl Firewall {
             return Step::StoreLost;
         }
         let dom0_busy = self.dom0(hv, now);
-        self.serve_console(console, &MachineView::of(hv));
+        self.serve_console(hv, console);
         if let Some(end) = self.end {
             return Step::End(end);
         }
@@ -341,7 +341,7 @@ impl Firewall {
     }
 
     /// Prints log lines, answers commands.
-    fn serve_console(&mut self, console: &mut impl ByteStream, machine: &MachineView) {
+    fn serve_console<H: Hypervisor>(&mut self, hv: &H, console: &mut impl ByteStream) {
         while self.terminal.room() > crate::logger::LINE_BYTES
             && let Some(line) = LOGGER.take()
         {
@@ -356,7 +356,7 @@ impl Firewall {
             }
         });
         for line in lines {
-            let text = self.answer(machine, &line);
+            let text = self.answer(&MachineView::of(hv), &line);
             for line in text.lines() {
                 self.terminal.print_line(line);
             }

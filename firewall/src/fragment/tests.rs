@@ -32,7 +32,7 @@ fn give(to: &mut Reassembly, from: Iface, bytes: &[u8], now: Time) -> Added {
 }
 
 fn blocks_in_use(own: &Reassembly) -> usize {
-    own.blocks.len() - usize::from(own.free_count)
+    usize::from(own.blocks.capacity() - own.blocks.free_count())
 }
 
 #[test]

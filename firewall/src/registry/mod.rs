@@ -11,19 +11,22 @@
 //!
 //! Source: `qubes-policy.md` 1.4, 3.5, 5; `performance.md` 5.7.
 
+mod nodes;
+mod vif;
+
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::net::IpAddr;
-use hashbrown::HashMap;
 use litemap::LiteMap;
 
-use crate::address::{Address, V4, V6};
 use crate::config::{AttachError, ClientConfig, MappedAddress};
-use crate::frame::{ClientId, Mac};
-use crate::limiter::Bucket;
+use crate::frame::ClientId;
 use crate::ruleset::CompiledRules;
-use crate::verdict::DropCounters;
-use crate::wire::ethernet::{self, Addresses};
+
+use nodes::{Change, Nodes};
+
+pub(crate) use nodes::Routed;
+pub(crate) use vif::{Fake, Vif};
 
 /// No source, no vif.
 pub(crate) const NONE: u16 = u16::MAX;
@@ -54,168 +57,6 @@ pub(crate) struct Source {
     pub(crate) rules: Rules,
 }
 
-/// Addresses of one family, the first one apart because it is nearly always the only one.
-#[derive(Debug)]
-pub(crate) struct AddressList<A> {
-    first: A,
-    first_source: u16,
-    more: Vec<(A, u16)>,
-}
-
-impl<A: Address> AddressList<A> {
-    const fn new(empty: A) -> Self {
-        Self {
-            first: empty,
-            first_source: NONE,
-            more: Vec::new(),
-        }
-    }
-
-    fn push(&mut self, address: A, source: u16) {
-        if self.first_source == NONE {
-            self.first = address;
-            self.first_source = source;
-        } else {
-            self.more.push((address, source));
-        }
-    }
-
-    /// Whether there is any address.
-    pub(crate) const fn is_used(&self) -> bool {
-        self.first_source != NONE
-    }
-
-    /// The source that an address stands for.
-    #[inline(always)]
-    pub(crate) fn source(&self, address: A) -> Option<u16> {
-        if self.first == address && self.first_source != NONE {
-            return Some(self.first_source);
-        }
-        if self.more.is_empty() {
-            return None;
-        }
-        self.source_among_more(address)
-    }
-
-    #[cold]
-    fn source_among_more(&self, address: A) -> Option<u16> {
-        let found = self.more.iter().find(|(own, _)| *own == address)?;
-        Some(found.1)
-    }
-
-    fn sources(&self) -> impl Iterator<Item = u16> + '_ {
-        let first = (self.first_source != NONE).then_some(self.first_source);
-        first
-            .into_iter()
-            .chain(self.more.iter().map(|(_, source)| *source))
-    }
-}
-
-/// An address that a client believes in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Fake {
-    pub(crate) real: V4,
-    pub(crate) visible: V4,
-    pub(crate) gateway: V4,
-}
-
-/// A client vif.
-#[derive(Debug)]
-pub(crate) struct Vif {
-    /// Addresses of frames to the client.
-    pub(crate) link: Addresses,
-    pub(crate) mtu: u16,
-    /// Another vif has one of its addresses.
-    pub(crate) shared: bool,
-    pub(crate) fake: Option<Fake>,
-    pub(crate) addresses4: AddressList<V4>,
-    pub(crate) addresses6: AddressList<V6>,
-    pub(crate) frames_up: u64,
-    pub(crate) bytes_up: u64,
-    pub(crate) frames_down: u64,
-    pub(crate) bytes_down: u64,
-    pub(crate) errors: Bucket,
-    pub(crate) domid: u16,
-    pub(crate) mac: Mac,
-    pub(crate) drops: DropCounters,
-    addresses: Vec<IpAddr>,
-}
-
-impl Vif {
-    pub(crate) fn addresses(&self) -> &[IpAddr] {
-        &self.addresses
-    }
-
-    /// Its sources of both families.
-    pub(crate) fn sources(&self) -> impl Iterator<Item = u16> + '_ {
-        self.addresses4.sources().chain(self.addresses6.sources())
-    }
-}
-
-/// What is known about an address.
-#[derive(Clone, Copy, Debug, Default)]
-struct Node {
-    /// Plus one; zero for none.
-    source: u16,
-    configured: bool,
-    mapped: bool,
-}
-
-impl Node {
-    const fn is_unused(self) -> bool {
-        self.source == 0 && !self.configured && !self.mapped
-    }
-}
-
-/// A family's part of the registry.
-pub(crate) trait Routed: Address {
-    /// The vif's addresses of the family.
-    fn list(vif: &Vif) -> &AddressList<Self>;
-    #[doc(hidden)]
-    fn node(registry: &Registry, address: Self) -> NodeView;
-}
-
-/// What the data path may know about an address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct NodeView {
-    /// The vif that has it.
-    pub(crate) attached: bool,
-    /// Whether it may neither come from the uplink nor go there.
-    pub(crate) guarded: bool,
-}
-
-impl From<Option<&Node>> for NodeView {
-    fn from(node: Option<&Node>) -> Self {
-        Self {
-            attached: node.is_some_and(|node| node.source != 0),
-            // A node exists only for a reason.
-            guarded: node.is_some(),
-        }
-    }
-}
-
-impl Routed for V4 {
-    #[inline(always)]
-    fn list(vif: &Vif) -> &AddressList<Self> {
-        &vif.addresses4
-    }
-
-    fn node(registry: &Registry, address: Self) -> NodeView {
-        registry.nodes4.get(&address).into()
-    }
-}
-
-impl Routed for V6 {
-    #[inline(always)]
-    fn list(vif: &Vif) -> &AddressList<Self> {
-        &vif.addresses6
-    }
-
-    fn node(registry: &Registry, address: Self) -> NodeView {
-        registry.nodes6.get(&address).into()
-    }
-}
-
 /// Everything that dom0 decides about clients.
 #[derive(Debug)]
 pub(crate) struct Registry {
@@ -224,8 +65,7 @@ pub(crate) struct Registry {
     /// Numbers of sources that can be used again.
     free_sources: Vec<u16>,
     max_sources: u16,
-    nodes4: HashMap<V4, Node>,
-    nodes6: HashMap<V6, Node>,
+    nodes: Nodes,
     dormant: LiteMap<IpAddr, Rules>,
     mapped: Vec<MappedAddress>,
     configured: Vec<IpAddr>,
@@ -247,8 +87,7 @@ impl Registry {
             sources: Vec::new(),
             free_sources: Vec::new(),
             max_sources: max_sources(vifs),
-            nodes4: HashMap::new(),
-            nodes6: HashMap::new(),
+            nodes: Nodes::new(),
             dormant: LiteMap::new(),
             mapped: Vec::new(),
             configured: Vec::new(),
@@ -281,35 +120,6 @@ impl Registry {
 
     fn source_mut(&mut self, number: u16) -> Option<&mut Source> {
         self.sources.get_mut(usize::from(number))
-    }
-
-    fn with_node(&mut self, address: IpAddr, change: impl FnOnce(&mut Node)) {
-        match (V4::from_ip(address), V6::from_ip(address)) {
-            (Some(address), _) => {
-                let node = self.nodes4.entry(address).or_default();
-                change(node);
-                if node.is_unused() {
-                    self.nodes4.remove(&address);
-                }
-            }
-            (_, Some(address)) => {
-                let node = self.nodes6.entry(address).or_default();
-                change(node);
-                if node.is_unused() {
-                    self.nodes6.remove(&address);
-                }
-            }
-            (None, None) => {}
-        }
-    }
-
-    fn source_of(&self, address: IpAddr) -> Option<u16> {
-        let node = match (V4::from_ip(address), V6::from_ip(address)) {
-            (Some(address), _) => self.nodes4.get(&address),
-            (_, Some(address)) => self.nodes6.get(&address),
-            (None, None) => None,
-        };
-        node.and_then(|node| node.source.checked_sub(1))
     }
 
     // Epochs.
@@ -366,7 +176,7 @@ impl Registry {
             Some(Some(_)) => return Err(AttachError::NumberInUse),
             Some(None) => {}
         }
-        let mut addresses = config.addresses;
+        let mut addresses = config.addresses.clone();
         let mut seen = Vec::new();
         addresses.retain(|address| {
             let new = !seen.contains(address);
@@ -375,37 +185,17 @@ impl Registry {
         });
         let missing = addresses
             .iter()
-            .filter(|address| self.source_of(**address).is_none())
+            .filter(|address| self.nodes.source(**address).is_none())
             .count();
         if self.sources.len() - self.free_sources.len() + missing > usize::from(self.max_sources) {
             return Err(AttachError::TooManyAddresses);
         }
-        let mut vif = Vif {
-            link: ethernet::addresses(config.mac, ethernet::OWN_CLIENT_SIDE),
-            mtu: config.mtu,
-            shared: false,
-            fake: None,
-            addresses4: AddressList::new(0),
-            addresses6: AddressList::new(V6(0, 0)),
-            frames_up: 0,
-            bytes_up: 0,
-            frames_down: 0,
-            bytes_down: 0,
-            errors: Bucket::default(),
-            domid: config.domid,
-            mac: config.mac,
-            drops: DropCounters::default(),
-            addresses: addresses.clone(),
-        };
+        let mut vif = Vif::new(&config, &addresses);
         let mut numbers = Vec::new();
         for address in addresses {
             let number = self.join(address, config.id.0);
             numbers.push(number);
-            if let Some(address) = V4::from_ip(address) {
-                vif.addresses4.push(address, number);
-            } else if let Some(address) = V6::from_ip(address) {
-                vif.addresses6.push(address, number);
-            }
+            vif.push(address, number);
         }
         vif.fake = self.fake_of(&vif);
         if let Some(slot) = self.vifs.get_mut(usize::from(config.id.0)) {
@@ -422,7 +212,7 @@ impl Registry {
 
     /// Adds a vif to the source of an address, which is made if it does not exist.
     fn join(&mut self, address: IpAddr, vif: u16) -> u16 {
-        let number = match self.source_of(address) {
+        let number = match self.nodes.source(address) {
             Some(number) => number,
             None => self.new_source(address),
         };
@@ -455,7 +245,7 @@ impl Registry {
                 number
             }
         };
-        self.with_node(address, |node| node.source = number.wrapping_add(1));
+        self.nodes.change(address, Change::Source(Some(number)));
         number
     }
 
@@ -479,7 +269,7 @@ impl Registry {
             if !matches!(rules, Rules::Absent) {
                 self.dormant.insert(address, rules);
             }
-            self.with_node(address, |node| node.source = 0);
+            self.nodes.change(address, Change::Source(None));
             self.free_sources.push(number);
         }
         self.mark_shared();
@@ -522,7 +312,7 @@ impl Registry {
     // Rules.
 
     pub(crate) fn set_rules(&mut self, address: IpAddr, rules: Rules) {
-        match self.source_of(address) {
+        match self.nodes.source(address) {
             Some(number) => {
                 let epoch = self.next_epoch();
                 if let Some(source) = self.source_mut(number) {
@@ -543,10 +333,10 @@ impl Registry {
 
     pub(crate) fn set_configured(&mut self, addresses: &[IpAddr]) {
         for address in core::mem::take(&mut self.configured) {
-            self.with_node(address, |node| node.configured = false);
+            self.nodes.change(address, Change::Configured(false));
         }
         for address in addresses {
-            self.with_node(*address, |node| node.configured = true);
+            self.nodes.change(*address, Change::Configured(true));
         }
         self.configured = addresses.to_vec();
         self.recheck_all();
@@ -554,10 +344,12 @@ impl Registry {
 
     pub(crate) fn set_mapped(&mut self, mapped: &[MappedAddress]) {
         for old in core::mem::take(&mut self.mapped) {
-            self.with_node(IpAddr::V4(old.real), |node| node.mapped = false);
+            self.nodes
+                .change(IpAddr::V4(old.real), Change::Mapped(false));
         }
         for new in mapped {
-            self.with_node(IpAddr::V4(new.real), |node| node.mapped = true);
+            self.nodes
+                .change(IpAddr::V4(new.real), Change::Mapped(true));
         }
         self.mapped = mapped.to_vec();
         for at in 0..self.vifs.len() {
@@ -574,11 +366,7 @@ impl Registry {
 
     /// The fake address of a vif: only its first IPv4 address can have one.
     fn fake_of(&self, vif: &Vif) -> Option<Fake> {
-        let real = vif
-            .addresses4
-            .sources()
-            .next()
-            .map(|_| vif.addresses4.first)?;
+        let real = vif.addresses4.first()?;
         let mapped = self.mapped.iter().find(|own| own.real.to_bits() == real)?;
         (mapped.visible != mapped.real).then_some(Fake {
             real,
@@ -591,6 +379,7 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::address::{Address as _, V4};
     use crate::config::DEFAULT_MTU;
 
     fn client(id: u16, domid: u16, addresses: &[&str]) -> ClientConfig {

@@ -301,9 +301,14 @@ impl HostName {
     /// Here they are names that never resolve (`qubes-policy.md` 2.5).
     pub fn is_resolvable(&self) -> bool {
         let name = self.0.strip_suffix('.').unwrap_or(&self.0);
-        let fits = |label: &str| (1..=MAX_DNS_LABEL_LEN).contains(&label.len());
-        let last = name.rsplit('.').next().unwrap_or(name);
-        name.len() <= MAX_DNS_NAME_LEN && name.split('.').all(fits) && !is_number(last)
+        let mut last = name;
+        for label in name.split('.') {
+            if !(1..=MAX_DNS_LABEL_LEN).contains(&label.len()) {
+                return false;
+            }
+            last = label;
+        }
+        name.len() <= MAX_DNS_NAME_LEN && !is_number(last)
     }
 }
 

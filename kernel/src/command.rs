@@ -194,12 +194,12 @@ impl fmt::Display for UsageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unknown(name) => {
-                write!(f, "{name:?} is no command; try `help`")
+                write!(f, "\"{name}\" is no command; try `help`")
             }
             Self::TakesNothing(name) => write!(f, "`{name}` takes no arguments"),
             Self::NotAnAddress(name, word) => write!(
                 f,
-                "{word:?} is no address; use `{name}` or, for example, `{name} 10.137.0.6`"
+                "\"{word}\" is no address; use `{name}` or, for example, `{name} 10.137.0.6`"
             ),
             Self::TooMany(name) => write!(f, "`{name}` takes one client address at most"),
         }

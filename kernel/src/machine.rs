@@ -321,9 +321,9 @@ impl Firewall {
                     running.saturating_sub(self.setup.running_at_start)
                 });
                 log::info!(
-                    "ready for clients as {name:?} after {} us of processor time, {} us after entry",
-                    running.as_micros(),
-                    after_entry.as_micros()
+                    "ready for clients as \"{name}\" after {} us of processor time, {} us after entry",
+                    nanos(running) / 1000,
+                    nanos(after_entry) / 1000
                 );
                 self.ready = Some(Readiness {
                     after_entry,
@@ -335,7 +335,7 @@ impl Firewall {
                 self.end = Some(end);
             }
             Event::Control(ControlEvent::SysRq(key)) => {
-                log::info!("system request {:?} ignored", char::from(key));
+                log::info!("system request '{}' ignored", char::from(key));
             }
         }
     }
@@ -397,7 +397,6 @@ impl Firewall {
                 .unwrap_or(u64::MAX)
                 .saturating_mul(4096)
         };
-        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         Snapshot {
             release: Cow::Borrowed(env!("CARGO_PKG_VERSION")),
             uptime_nanos: nanos(now.since(self.setup.started)),
@@ -454,8 +453,7 @@ impl Firewall {
 
     /// What an exit into the hypervisor was measured to cost, in nanoseconds.
     fn exit_nanos(&self) -> u64 {
-        let cost = self.pace.map_or(Duration::ZERO, |pace| pace.exit_cost());
-        u64::try_from(cost.as_nanos()).unwrap_or(u64::MAX)
+        nanos(self.pace.map_or(Duration::ZERO, |pace| pace.exit_cost()))
     }
 
     /// Where the uplink stands, for services that wait for the network.
@@ -509,6 +507,11 @@ impl Firewall {
         };
         self.control.vifs().into_iter().map(view).collect()
     }
+}
+
+/// A duration in nanoseconds, up to 584 years.
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// The last log lines.

@@ -113,7 +113,9 @@ impl Terminal {
             if taken == 0 {
                 break;
             }
-            self.output.drain(..taken.min(self.output.len()));
+            for _ in 0..taken.min(self.output.len()) {
+                self.output.pop_front();
+            }
         }
         Ok(())
     }

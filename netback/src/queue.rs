@@ -127,7 +127,7 @@ impl Queue {
     /// Drops everything.
     pub(crate) fn clear<H: Hypervisor + ?Sized>(&mut self, hv: &mut H) {
         self.items.clear();
-        for fragment in self.fragments.drain(..) {
+        while let Some(fragment) = self.fragments.pop_front() {
             hv.release(fragment.into_page());
         }
     }

@@ -36,8 +36,11 @@ impl Excerpt {
 impl fmt::Display for Excerpt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kept = self.bytes.get(..self.len).unwrap_or(&[]);
-        write!(f, "'{}'", kept.escape_ascii())?;
-        f.write_str(if self.is_cut { "..." } else { "" })
+        f.write_str("'")?;
+        for byte in kept {
+            write!(f, "{}", byte.escape_ascii())?;
+        }
+        f.write_str(if self.is_cut { "'..." } else { "'" })
     }
 }
 

@@ -123,7 +123,7 @@ async fn obey(store: &Store) {
                 .take(MAX_NAME_LEN)
                 .map(|byte| byte.escape_ascii().to_string())
                 .collect();
-            warn!("{SHUTDOWN}: ignoring the command {text:?}");
+            warn!("{SHUTDOWN}: ignoring the command \"{text}\"");
             return;
         }
     };

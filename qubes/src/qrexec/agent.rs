@@ -357,7 +357,7 @@ impl<C: ByteStream> Agent<C> {
                 bump(&mut self.counters.unexpected);
                 let complained = self.control.as_mut().map(|control| &mut control.complained);
                 if complained.is_some_and(|complained| !core::mem::replace(complained, true)) {
-                    log::warn!("qrexec: {kind:?} skipped; further ones are counted only");
+                    log::warn!("qrexec: {kind} skipped; further ones are counted only");
                 }
             }
         }

@@ -3,7 +3,7 @@
 /// Seconds since the beginning of 1970 in UTC; `None` unless the text is a whole, possible time.
 #[must_use]
 pub fn parse(text: &str) -> Option<i64> {
-    let text = text.trim().as_bytes();
+    let text = text.trim_ascii().as_bytes();
     let date = text.get(..19)?;
     for (index, separator) in [(4, b'-'), (7, b'-'), (10, b'T'), (13, b':'), (16, b':')] {
         if *date.get(index)? != separator {

@@ -3,6 +3,7 @@
 //! Every message is a type (4 bytes), a length (4 bytes), both little endian, and that many bytes.
 
 use alloc::vec::Vec;
+use core::fmt;
 
 use xen::DomId;
 
@@ -42,6 +43,23 @@ pub enum Kind {
     Hello,
     /// Anything else.
     Other(u32),
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stdin => "Stdin",
+            Self::Stdout => "Stdout",
+            Self::Stderr => "Stderr",
+            Self::ExitCode => "ExitCode",
+            Self::ExecCmdline => "ExecCmdline",
+            Self::JustExec => "JustExec",
+            Self::ServiceConnect => "ServiceConnect",
+            Self::ServiceRefused => "ServiceRefused",
+            Self::Hello => "Hello",
+            Self::Other(number) => return write!(f, "message {number:#x}"),
+        })
+    }
 }
 
 impl Kind {

@@ -43,13 +43,13 @@ impl WordsError {
 /// [`WordsError`].
 pub fn from_line(line: &[u8]) -> Result<Vec<String>, WordsError> {
     let line = core::str::from_utf8(line).map_err(|_| WordsError::Unreadable)?;
-    let line = line.trim();
+    let line = line.trim_ascii();
     // `qvm-run` appends this so that the shell ends even while its input stays open.
     let line = match line.strip_suffix("exit").map(str::trim_end) {
         Some(rest) if rest.ends_with(';') || rest.is_empty() => rest,
         _ => line,
     };
-    split(line.trim_end_matches(';').trim())
+    split(line.trim_end_matches(';').trim_ascii())
 }
 
 /// Splits at white space outside of quotes.

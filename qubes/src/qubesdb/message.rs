@@ -4,6 +4,7 @@
 //! the wire, payload length (4 bytes, little endian). The payload follows.
 
 use alloc::vec::Vec;
+use core::fmt;
 
 use super::VALUE_MAX;
 use super::path::{PATH_MAX, Path};
@@ -36,6 +37,19 @@ pub enum Kind {
     Error,
     /// Anything else, with its number. Skipped.
     Other(u8),
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Write => "Write",
+            Self::Remove => "Remove",
+            Self::Entry => "Entry",
+            Self::Ok => "Ok",
+            Self::Error => "Error",
+            Self::Other(number) => return write!(f, "message {number}"),
+        })
+    }
 }
 
 /// A header from dom0.

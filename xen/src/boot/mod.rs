@@ -185,7 +185,7 @@ mod guest_only {
         let info = match parse(&Identity, u64::from(address)) {
             Ok(info) => info,
             Err(error) => die(format_args!(
-                "\nportcullis: no usable PVH start info at {address:#x}: {error:?}"
+                "\nportcullis: no usable PVH start info at {address:#x}: {error}"
             )),
         };
         seal();

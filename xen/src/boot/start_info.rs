@@ -9,6 +9,7 @@ use crate::abi::start_info::{
     HvmMemmapEntry, HvmStartInfo, XEN_HVM_MEMMAP_TYPE_RAM, XEN_HVM_START_MAGIC_VALUE,
 };
 use crate::memory::{MAP_ENTRIES, MapEntry, MemoryMap};
+use core::fmt;
 use core::mem::offset_of;
 
 /// Bytes of command line that are kept; the rest is cut off.
@@ -34,6 +35,17 @@ pub enum StartInfoError {
     OldVersion,
     /// The memory map does not lie in readable memory, or is empty.
     NoMemoryMap,
+}
+
+impl fmt::Display for StartInfoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreadable => f.write_str("not in readable memory"),
+            Self::WrongMagic(magic) => write!(f, "magic number {magic:#x}"),
+            Self::OldVersion => f.write_str("version 0"),
+            Self::NoMemoryMap => f.write_str("no memory map"),
+        }
+    }
 }
 
 /// What we keep of it.

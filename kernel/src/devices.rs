@@ -95,10 +95,10 @@ impl Devices {
                 match self.connect(hv, data, device, &parameters) {
                     Ok(()) => {
                         control.connected(device);
-                        log::info!("{device}: connected, {}", List(&parameters.addresses));
+                        xen::info!("{device}: connected, {}", List(&parameters.addresses));
                     }
                     Err(reason) => {
-                        log::warn!("{device}: refused: {reason}");
+                        xen::warn!("{device}: refused: {reason}");
                         control.connect_failed(device, &reason);
                     }
                 }
@@ -185,7 +185,7 @@ impl Devices {
                         Change::Uplink
                     }
                     Err(error) => {
-                        log::warn!("uplink: not connected: {error}");
+                        xen::warn!("uplink: not connected: {error}");
                         control.uplink_failed(&error.to_string());
                         Change::None
                     }
@@ -193,14 +193,14 @@ impl Devices {
             }
             UplinkEvent::Carrier(up) => {
                 if let (true, Some(offer)) = (up, &self.uplink) {
-                    log::info!("uplink: connected to domain {}", offer.backend);
+                    xen::info!("uplink: connected to domain {}", offer.backend);
                 }
                 Change::None
             }
             UplinkEvent::Disconnect => {
                 data.disconnect_uplink(hv);
                 self.uplink = None;
-                log::info!("uplink: disconnected");
+                xen::info!("uplink: disconnected");
                 Change::Uplink
             }
         }
@@ -213,12 +213,12 @@ impl Devices {
                 Fault::Client(id, error) => {
                     let broken = self.clients.iter().find(|(_, client)| client.id == id);
                     if let Some((device, _)) = broken {
-                        log::warn!("{device}: given up: {error}");
+                        xen::warn!("{device}: given up: {error}");
                         control.broken(*device, &error.to_string());
                     }
                 }
                 Fault::Uplink(error) => {
-                    log::warn!("uplink: given up: {error}");
+                    xen::warn!("uplink: given up: {error}");
                     control.uplink_failed(&error.to_string());
                 }
             }

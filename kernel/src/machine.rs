@@ -226,7 +226,7 @@ impl Firewall {
         // An event's answer may bring the next request at once: twice per iteration is prompt, and bounded.
         for _ in 0..2 {
             if let Err(error) = self.control.poll(store, now) {
-                log::error!("xenstore: {error}");
+                xen::error!("xenstore: {error}");
                 return false;
             }
             let mut any = false;
@@ -274,7 +274,7 @@ impl Firewall {
     }
 
     fn decide(&mut self, source: Source) {
-        log::info!("settings come from {}", source.name());
+        xen::info!("settings come from {}", source.name());
         self.source = source;
     }
 
@@ -284,7 +284,7 @@ impl Firewall {
             (Source::QubesDb, _) => return,
             (Source::Open, ConfigEvent::Ready) => {
                 self.seen_all = true;
-                log::info!("waiting for settings: nothing below vm-data, no QubesDB");
+                xen::info!("waiting for settings: nothing below vm-data, no QubesDB");
                 return;
             }
             (Source::Open, _) => {
@@ -320,7 +320,7 @@ impl Firewall {
                 let running = hv.running_time().map_or(after_entry, |running| {
                     running.saturating_sub(self.setup.running_at_start)
                 });
-                log::info!(
+                xen::info!(
                     "ready for clients as \"{name}\" after {} us of processor time, {} us after entry",
                     nanos(running) / 1000,
                     nanos(after_entry) / 1000
@@ -331,11 +331,11 @@ impl Firewall {
                 });
             }
             Event::Control(ControlEvent::Shutdown(end)) => {
-                log::info!("dom0 asks for {end:?}");
+                xen::info!("dom0 asks for {end:?}");
                 self.end = Some(end);
             }
             Event::Control(ControlEvent::SysRq(key)) => {
-                log::info!("system request '{}' ignored", char::from(key));
+                xen::info!("system request '{}' ignored", char::from(key));
             }
         }
     }

@@ -101,13 +101,13 @@ fn greet(context: &BootContext, image_bytes: u64, heap_bytes: usize) {
     let guest = &context.guest;
     logger::LOGGER.set_uptime(guest.now().since(context.entry_time));
     let (major, minor) = context.xen_version;
-    log::info!(
+    xen::info!(
         "Portcullis {} on Xen {major}.{minor}, domain {}, {} hypercalls so far",
         env!("CARGO_PKG_VERSION"),
         guest.own_domid(),
         guest.counters().hypercalls
     );
-    log::info!(
+    xen::info!(
         "memory: {} KiB, of these image {}, heap {}, packet pool {}; {} grants",
         guest.ram_bytes() / 1024,
         image_bytes / 1024,
@@ -116,18 +116,18 @@ fn greet(context: &BootContext, image_bytes: u64, heap_bytes: usize) {
         guest.free_grants()
     );
     if let Some(wall_clock) = context.wall_clock {
-        log::info!("wall clock {} s since 1970", wall_clock.as_secs());
+        xen::info!("wall clock {} s since 1970", wall_clock.as_secs());
     }
     match context.entropy.quality {
-        EntropyQuality::Source => log::info!("seed from the processor's entropy source"),
-        EntropyQuality::Generator => log::info!("seed from the processor's generator"),
-        EntropyQuality::Timing => log::warn!("seed from timing only: hash keys are guessable"),
+        EntropyQuality::Source => xen::info!("seed from the processor's entropy source"),
+        EntropyQuality::Generator => xen::info!("seed from the processor's generator"),
+        EntropyQuality::Timing => xen::warn!("seed from timing only: hash keys are guessable"),
     }
     if context.tsc_emulated {
-        log::warn!("reading the clock traps into Xen: set tsc_mode=\"native\"");
+        xen::warn!("reading the clock traps into Xen: set tsc_mode=\"native\"");
     }
     if !context.command_line.is_empty() {
-        log::info!("command line: {}", context.command_line);
+        xen::info!("command line: {}", context.command_line);
     }
 }
 

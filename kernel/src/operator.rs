@@ -35,15 +35,15 @@ impl Host for Operator<'_> {
     }
 
     fn suspending(&mut self) {
-        log::info!("dom0 is about to suspend the computer");
+        xen::info!("dom0 is about to suspend the computer");
     }
 
     fn resumed(&mut self) {
-        log::info!("dom0 has resumed the computer");
+        xen::info!("dom0 has resumed the computer");
     }
 
     fn told_time(&mut self, unix_seconds: i64) {
-        log::info!("dom0 says that it is {unix_seconds} s since 1970");
+        xen::info!("dom0 says that it is {unix_seconds} s since 1970");
     }
 }
 

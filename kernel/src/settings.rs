@@ -313,7 +313,7 @@ impl Settings {
         let problems: Vec<Problem> = self.problems().collect();
         for problem in &problems {
             if !self.told.contains(problem) {
-                log::warn!("settings: {problem}");
+                xen::warn!("settings: {problem}");
             }
         }
         self.told = problems;
@@ -449,7 +449,7 @@ impl Settings {
                 // From here on the resolver knows the new names, not the old ones: no refresh of the old rules.
                 self.cancel_refresh(address);
                 if !target.resolver.set_names(address, chain.host_names(), now) {
-                    log::warn!("rules of {address}: too many names; some stay unresolved");
+                    xen::warn!("rules of {address}: too many names; some stay unresolved");
                 }
                 let begun = self.next_sequence();
                 let chain = Arc::new(chain);
@@ -516,7 +516,7 @@ impl Settings {
             .get(&address)
             .and_then(|live| live.refused.as_ref());
         if known != Some(&reason) {
-            log::warn!("rules of {address}: everything refused: {reason}");
+            xen::warn!("rules of {address}: everything refused: {reason}");
         }
         self.put(address, chain, Some(reason));
     }

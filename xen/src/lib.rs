@@ -11,6 +11,7 @@
 //! | [`ring`] | request/response rings for both roles, with private indices |
 //! | [`netif`] | the slots of the network protocol, encoded and decoded byte by byte |
 //! | [`packet`] | [`Frame`]: what both drivers pass on, a frame in pages of ours |
+//! | [`log_line`] | macros for log lines, of less code than those of the `log` crate |
 //! | [`stream`] | byte rings (xenstore, console) behind one trait |
 //! | `guest` | the real [`Hypervisor`]: grants, events, time; what the image starts with. Feature `guest` |
 //! | `boot` | PVH entry, page tables, exceptions, start info. Feature `guest` |
@@ -75,6 +76,7 @@ pub mod fake;
 mod testing;
 
 pub mod hypervisor;
+pub mod log_line;
 pub mod netif;
 pub mod packet;
 pub mod page;

@@ -34,8 +34,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::time::Duration;
 
-use log::{error, warn};
-use xen::Time;
+use xen::{Time, error, warn};
 
 use crate::MAX_OUTSTANDING;
 use crate::client::Dirty;

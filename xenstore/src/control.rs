@@ -10,7 +10,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::time::Duration;
 
-use log::{error, info, warn};
+use xen::{error, info, warn};
 
 use crate::client::Dirty;
 use crate::control_plane::Event;

@@ -15,8 +15,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
-use log::warn;
-use xen::DomId;
+use xen::{DomId, warn};
 
 use crate::store::{Store, Watch};
 

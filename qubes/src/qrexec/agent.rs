@@ -254,7 +254,7 @@ impl<C: ByteStream> Agent<C> {
                 deadline: None,
             },
             Err(_) => {
-                log::warn!("qrexec: the control channel is over; advertising again");
+                xen::warn!("qrexec: the control channel is over; advertising again");
                 self.tear_down(channels);
                 Activity::at(Some(self.retry_at))
             }
@@ -357,7 +357,7 @@ impl<C: ByteStream> Agent<C> {
                 bump(&mut self.counters.unexpected);
                 let complained = self.control.as_mut().map(|control| &mut control.complained);
                 if complained.is_some_and(|complained| !core::mem::replace(complained, true)) {
-                    log::warn!("qrexec: {kind} skipped; further ones are counted only");
+                    xen::warn!("qrexec: {kind} skipped; further ones are counted only");
                 }
             }
         }
@@ -377,7 +377,7 @@ impl<C: ByteStream> Agent<C> {
         }
         self.pause = PAUSE_FIRST;
         bump(&mut self.counters.connections);
-        log::info!(
+        xen::info!(
             "qrexec: dom0 has connected, protocol {}",
             version.min(VERSION)
         );

@@ -45,7 +45,7 @@ pub fn from_line(line: &[u8]) -> Result<Vec<String>, WordsError> {
     let line = core::str::from_utf8(line).map_err(|_| WordsError::Unreadable)?;
     let line = line.trim_ascii();
     // `qvm-run` appends this so that the shell ends even while its input stays open.
-    let line = match line.strip_suffix("exit").map(str::trim_end) {
+    let line = match line.strip_suffix("exit").map(str::trim_ascii_end) {
         Some(rest) if rest.ends_with(';') || rest.is_empty() => rest,
         _ => line,
     };

@@ -304,7 +304,7 @@ impl Handler<'_> {
     fn complain(&mut self, header: &Header, why: &str) {
         if !core::mem::replace(self.complained, true) {
             let (kind, path) = (header.kind, header.path().unwrap_or_default());
-            log::warn!("qubesdb: {kind} \"{path}\": {why}; further ones are counted only");
+            xen::warn!("qubesdb: {kind} \"{path}\": {why}; further ones are counted only");
         }
     }
 

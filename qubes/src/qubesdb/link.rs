@@ -91,12 +91,12 @@ impl<C: ByteStream> Link<C> {
         if self.client.is_ready() && !was_ready {
             self.pause = PAUSE_FIRST;
             let counters = self.client.counters();
-            log::info!("qubesdb: in step with dom0 (dump {})", counters.dumps);
+            xen::info!("qubesdb: in step with dom0 (dump {})", counters.dumps);
         }
         match polled {
             Ok(activity) => activity,
             Err(_) => {
-                log::warn!("qubesdb: dom0 has closed; what is in force stays, connecting again");
+                xen::warn!("qubesdb: dom0 has closed; what is in force stays, connecting again");
                 self.close(channels);
                 Activity::at(Some(self.retry_at))
             }

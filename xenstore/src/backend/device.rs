@@ -9,8 +9,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::time::Duration;
 
-use log::{error, info, warn};
-use xen::Time;
+use xen::{Time, error, info, warn};
 
 use super::keys::{FrontendKeys, Identity, Value};
 use super::machine::{Step, View, lifts_ban, next_step};

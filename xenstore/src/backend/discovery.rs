@@ -9,12 +9,10 @@
 
 use alloc::format;
 use alloc::rc::Rc;
-use alloc::string::String;
 use alloc::vec::Vec;
 use core::time::Duration;
 
-use log::error;
-use xen::{DomId, Time};
+use xen::{DomId, Time, error};
 
 use super::device::{Ended, Vif};
 use super::keys::index;
@@ -89,6 +87,15 @@ pub(crate) async fn discover(store: Store, vifs: Rc<Vifs>) {
     }
 }
 
+/// Whose folders to look into after the list of clients was read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Listing {
+    /// All of them.
+    Everyone,
+    /// Those that have no device yet.
+    Newcomers,
+}
+
 struct Discovery {
     store: Store,
     vifs: Rc<Vifs>,
@@ -118,65 +125,71 @@ impl Discovery {
             self.crowded = false;
             dirty = Dirty::Anything;
         }
-        for (place, ()) in self.vifs.recheck.take() {
-            self.consider(place).await;
-        }
+        let mut places = self.vifs.recheck.take();
+        let mut clients = Table::new();
+        let mut root = None;
         match dirty {
             Dirty::Clean => {}
-            Dirty::Anything => self.look_everywhere().await,
-            Dirty::Paths(paths) => self.follow(&paths).await,
+            Dirty::Anything => {
+                self.touch_absent(|_| true);
+                root = Some(Listing::Everyone);
+            }
+            Dirty::Paths(paths) => {
+                for path in &paths {
+                    match hint(path) {
+                        Hint::Root => root = Some(Listing::Newcomers),
+                        Hint::Client(client) => clients.insert(client, ()),
+                        Hint::Device(place, matters) => {
+                            self.touch(place, matters);
+                            places.insert(place, ());
+                        }
+                        Hint::Junk => {}
+                    }
+                }
+            }
         }
+        self.look(places, clients, root).await;
     }
 
     fn look_again_later(&mut self) {
         self.again = self.again.or(Some(self.store.now().plus(STORE_PAUSE)));
     }
 
-    /// Follows hints: each device once, each client's folder once.
-    async fn follow(&mut self, paths: &[String]) {
-        let mut root = false;
-        let mut clients = Table::new();
-        let mut devices = Table::new();
-        for path in paths {
-            match hint(path) {
-                Hint::Root => root = true,
-                Hint::Client(client) => clients.insert(client, ()),
-                Hint::Device(place, matters) => {
-                    self.touch(place, matters);
-                    devices.insert(place, ());
+    /// Looks at these devices, then at the clients that there are, then into these clients' folders: each device and each
+    /// folder once.
+    ///
+    /// The usual case comes first: events have named the device, and its task starts while the folders are listed.
+    async fn look(
+        &mut self,
+        mut places: Table<Place, ()>,
+        mut clients: Table<DomId, ()>,
+        mut root: Option<Listing>,
+    ) {
+        let mut folders = None;
+        loop {
+            for (place, ()) in places {
+                self.consider(place).await;
+            }
+            places = Table::new();
+            if let Some(listing) = root.take() {
+                let listed = self.list(ROOT).await;
+                if listing == Listing::Newcomers {
+                    self.touch_absent(|&(client, _)| !listed.contains(&client.0));
                 }
-                Hint::Junk => {}
+                for client in listed.into_iter().map(DomId) {
+                    // The folders of clients that have a device already announce new ones themselves.
+                    if listing == Listing::Everyone || !self.serves(client) {
+                        clients.insert(client, ());
+                    }
+                }
             }
-        }
-        // The usual case first: events have named the device, and its task starts while the folders are listed.
-        for (place, ()) in devices {
-            self.consider(place).await;
-        }
-        if root {
-            let listed = self.list(ROOT).await;
-            self.touch_absent(|&(client, _)| !listed.contains(&client.0));
-            // The folders of clients that have a device already announce new ones themselves.
-            for client in listed
-                .into_iter()
-                .map(DomId)
-                .filter(|&client| !self.serves(client))
-            {
-                clients.insert(client, ());
-            }
-        }
-        for (client, ()) in clients {
+            // Complete by now: the list of clients is read in the first round.
+            let folders = folders.get_or_insert_with(|| core::mem::take(&mut clients).into_iter());
+            let Some((client, ())) = folders.next() else {
+                return;
+            };
             for place in self.devices_of(client).await {
-                self.consider(place).await;
-            }
-        }
-    }
-
-    /// Lists both levels and lets every device look after itself.
-    async fn look_everywhere(&mut self) {
-        self.touch_absent(|_| true);
-        for client in self.list(ROOT).await {
-            for place in self.devices_of(DomId(client)).await {
-                self.consider(place).await;
+                places.insert(place, ());
             }
         }
     }

@@ -6,8 +6,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::time::Duration;
 
-use log::{error, info, warn};
-use xen::{DomId, Time};
+use xen::{DomId, Time, error, info, warn};
 
 use super::machine::{Step, View, next_step};
 use super::{

@@ -35,6 +35,7 @@
 //!
 //! Source: `qubes-policy.md` 4.4; RFC 1035, RFC 5452 (forgery), RFC 7766 (TCP).
 
+mod clients;
 mod exchange;
 mod frames;
 mod learn;
@@ -43,26 +44,27 @@ mod name;
 mod random;
 mod record;
 mod tcp;
+mod view;
 mod watch;
 
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use core::net::IpAddr;
 
 use litemap::LiteMap;
 
 use crate::frame::Time;
 use crate::rule::{Family, HostName};
-use crate::ruleset::{HostLookup, HostState};
 
-use exchange::{Exchange, Found, Line, SERVER_PORT, Step};
-use learn::{ClientQuery, Learner};
+use exchange::{Exchange, Line, SERVER_PORT, Step};
+use learn::Learner;
 use message::Question;
 use name::Name;
 use random::Random;
 use record::{Lookup, Record};
 
 pub use record::Failure;
+pub use view::{NameView, UserHosts};
 pub use watch::{Sight, sight};
 
 /// Most names, each in one family, that are kept.
@@ -128,21 +130,6 @@ pub enum FailureKind {
     ServerFailure(u8),
     /// DNS cannot have the name, so nobody is asked.
     ImpossibleName,
-}
-
-/// What is known about a name in one family, for people to see.
-#[derive(Clone, Copy, Debug)]
-pub struct NameView<'a> {
-    /// The name.
-    pub name: &'a HostName,
-    /// The family.
-    pub family: Family,
-    /// Whether a good answer counts, be it a recent one or one from before a failure.
-    pub state: HostState,
-    /// How many addresses we know from our own lookups.
-    pub addresses: usize,
-    /// The failure since the last good answer.
-    pub failure: Option<Failure>,
 }
 
 /// What the resolver has done.
@@ -578,170 +565,9 @@ impl Resolver {
         true
     }
 
-    /// Whether queries of a client with these addresses are worth showing to [`Self::client_query`].
-    pub fn is_learning(&self, users: &[IpAddr]) -> bool {
-        self.learner.is_some() && users.iter().any(|user| self.users.contains_key(user))
-    }
-
-    /// Sees a DNS message that a client sends to `server`, after DNS translation, by UDP. `client` and
-    /// `port` are its source, `users` all addresses of the client. The source is one of them.
-    pub fn client_query(
-        &mut self,
-        (client, port): (IpAddr, u16),
-        users: &[IpAddr],
-        server: IpAddr,
-        message: &[u8],
-        now: Time,
-    ) {
-        if !self.is_learning(users) || !self.servers.contains(&server) {
-            return;
-        }
-        let Some((id, question)) = Question::read(message) else {
-            return;
-        };
-        // The rules that an answer is for are those of the client's address in the family asked for.
-        for user in users
-            .iter()
-            .filter(|user| family_of(**user) == question.family)
-        {
-            let keys = self.users.get(user).map_or(&[][..], Vec::as_slice);
-            let is_asked = |key: &&u32| {
-                let record = self.records.get(*key);
-                record.is_some_and(|record| question.name.is_host(&record.name))
-            };
-            if let (Some(&key), Some(learner)) = (keys.iter().find(is_asked), &mut self.learner) {
-                let query = ClientQuery { server, port, id };
-                learner.watch(client, query, (*user, key), now);
-            }
-        }
-    }
-
-    /// Sees a DNS message that `server` sends to a client, before it is delivered. Returns whether
-    /// [`Self::next_changed`] has news: the message should not be delivered before the rules know them,
-    /// or the client will be refused what it was just told.
-    pub fn client_answer(
-        &mut self,
-        (client, port): (IpAddr, u16),
-        server: IpAddr,
-        message: &[u8],
-        now: Time,
-    ) -> bool {
-        let (Some(learner), Some(&[high, low])) = (&mut self.learner, message.first_chunk()) else {
-            return false;
-        };
-        let id = u16::from_be_bytes([high, low]);
-        let query = ClientQuery { server, port, id };
-        let Some((user, key)) = learner.answered(client, query, now) else {
-            return false;
-        };
-        let Some(record) = self.records.get(&key) else {
-            return false;
-        };
-        let Some(name) = Name::of_host(&record.name) else {
-            return false;
-        };
-        let question = Question {
-            name,
-            family: record.family,
-        };
-        let Some(found) = Found::read(&question, id, message) else {
-            return false;
-        };
-        let until = now.plus_secs(found.ttl.map_or(0, clamp_ttl) + KEEP_SECS);
-        let is_new = learner.learn((user, key), &found.addresses, until);
-        self.counters.learned += u64::from(is_new);
-        if is_new {
-            self.changed.insert(user);
-        }
-        is_new
-    }
-
-    /// The names as the rules of one client address may use them.
-    pub const fn hosts_of(&self, user: IpAddr) -> UserHosts<'_> {
-        UserHosts {
-            resolver: self,
-            user,
-        }
-    }
-
-    /// Every name, for people to see.
-    pub fn names(&self) -> impl Iterator<Item = NameView<'_>> {
-        self.records.values().map(Record::view)
-    }
-
-    /// The names in the rules of a client address that found room, each once.
-    pub fn names_of(&self, user: IpAddr) -> impl Iterator<Item = NameView<'_>> {
-        let keys = self.users.get(&user).map_or(&[][..], Vec::as_slice);
-        keys.iter()
-            .filter_map(|key| self.records.get(key))
-            .map(Record::view)
-    }
-
     /// What the resolver has done.
     pub const fn counters(&self) -> &Counters {
         &self.counters
-    }
-}
-
-/// Whether the last good answer for a record counts.
-const fn state_of(record: &Record) -> HostState {
-    match record.resolved_until {
-        Some(_) => HostState::Resolved,
-        None => HostState::Unresolved,
-    }
-}
-
-impl Record {
-    fn view(&self) -> NameView<'_> {
-        NameView {
-            name: &self.name,
-            family: self.family,
-            state: state_of(self),
-            addresses: self.pool.len(),
-            failure: self.failure,
-        }
-    }
-}
-
-/// What names stand for in the rules of one client address: what we have found out, and what the client
-/// has learned.
-#[derive(Clone, Copy, Debug)]
-pub struct UserHosts<'a> {
-    resolver: &'a Resolver,
-    user: IpAddr,
-}
-
-impl UserHosts<'_> {
-    fn visit(&self, family: Family, name: &HostName, each: &mut dyn FnMut(IpAddr)) -> HostState {
-        let resolver = self.resolver;
-        let key = resolver.key_of(family, name);
-        let record = key.and_then(|key| resolver.records.get(&key));
-        let (Some(key), Some(record)) = (key, record) else {
-            return HostState::Unresolved;
-        };
-        record.pool.iter().for_each(&mut *each);
-        if let Some(learner) = &resolver.learner {
-            learner.addresses((self.user, key)).for_each(each);
-        }
-        state_of(record)
-    }
-}
-
-impl HostLookup for UserHosts<'_> {
-    fn addresses4(&self, name: &HostName, each: &mut dyn FnMut(Ipv4Addr)) -> HostState {
-        self.visit(Family::Ipv4, name, &mut |address| {
-            if let IpAddr::V4(address) = address {
-                each(address);
-            }
-        })
-    }
-
-    fn addresses6(&self, name: &HostName, each: &mut dyn FnMut(Ipv6Addr)) -> HostState {
-        self.visit(Family::Ipv6, name, &mut |address| {
-            if let IpAddr::V6(address) = address {
-                each(address);
-            }
-        })
     }
 }
 

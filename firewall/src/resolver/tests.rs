@@ -1,11 +1,14 @@
 //! The resolver against servers, clients and attackers played by the tests.
 
+use super::learn::ClientQuery;
 use super::message::tests::question;
 use super::*;
 use crate::rule::{Action, Destination, Rule, RuleChain, RuleNumber, Traffic};
 use crate::ruleset::{CompiledRules, HostPolicy, RuleEnvironment, RuleRef, UpperLayer};
+use crate::ruleset::{HostLookup as _, HostState};
 use alloc::format;
 use alloc::vec;
+use core::net::{Ipv4Addr, Ipv6Addr};
 use proptest::prelude::*;
 
 const SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 139, 1, 1));

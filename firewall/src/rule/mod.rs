@@ -12,22 +12,20 @@
 //!
 //! Source: Qubes OS firewall rules as `qubes-policy.md` sections 2.1 to 2.6 state them.
 
-use alloc::sync::Arc;
+mod host_name;
+mod prefix;
+
 use alloc::vec::Vec;
 use core::fmt;
-use core::net::{Ipv4Addr, Ipv6Addr};
+
+pub use host_name::{HostName, HostNameError};
+pub use prefix::{HexIpv6, Prefix4, Prefix6};
 
 /// Most rules one chain can hold: the key of a rule has four decimal digits.
 pub const MAX_RULES: usize = 10_000;
 
 /// Highest rule number, key `9999`.
 const MAX_RULE_NUMBER: u16 = 9_999;
-
-/// Longest host name that DNS can carry, in bytes of text without a final dot (RFC 1035 2.3.4).
-const MAX_DNS_NAME_LEN: usize = 253;
-
-/// Longest label of a host name in bytes (RFC 1035 2.3.4).
-const MAX_DNS_LABEL_LEN: usize = 63;
 
 /// The address family that a rule chain is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -119,218 +117,6 @@ impl PortRange {
     pub const fn contains(self, port: u16) -> bool {
         self.first <= port && port <= self.last
     }
-}
-
-/// An IPv4 network: an address whose bits below the prefix are zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Prefix4 {
-    address: Ipv4Addr,
-    length: u8,
-}
-
-impl Prefix4 {
-    /// The network of `address` with `length` bits (0 to 32); host bits are cleared.
-    pub const fn new(address: Ipv4Addr, length: u8) -> Option<Self> {
-        let Some(mask) = mask4(length) else {
-            return None;
-        };
-        Some(Self {
-            address: Ipv4Addr::from_bits(address.to_bits() & mask),
-            length,
-        })
-    }
-
-    /// The network that holds only `address`.
-    pub const fn host(address: Ipv4Addr) -> Self {
-        Self {
-            address,
-            length: 32,
-        }
-    }
-
-    /// The lowest address of the network.
-    pub const fn address(self) -> Ipv4Addr {
-        self.address
-    }
-
-    /// The prefix length in bits, 0 to 32.
-    pub const fn length(self) -> u8 {
-        self.length
-    }
-
-    /// Whether `address` is in the network.
-    pub const fn contains(self, address: Ipv4Addr) -> bool {
-        match mask4(self.length) {
-            Some(mask) => address.to_bits() & mask == self.address.to_bits(),
-            None => false,
-        }
-    }
-}
-
-/// `address/length`.
-impl fmt::Display for Prefix4 {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.address, self.length)
-    }
-}
-
-/// An IPv6 network: an address whose bits below the prefix are zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Prefix6 {
-    address: Ipv6Addr,
-    length: u8,
-}
-
-impl Prefix6 {
-    /// The network of `address` with `length` bits (0 to 128); host bits are cleared.
-    pub const fn new(address: Ipv6Addr, length: u8) -> Option<Self> {
-        let Some(mask) = mask6(length) else {
-            return None;
-        };
-        Some(Self {
-            address: Ipv6Addr::from_bits(address.to_bits() & mask),
-            length,
-        })
-    }
-
-    /// The network that holds only `address`.
-    pub const fn host(address: Ipv6Addr) -> Self {
-        Self {
-            address,
-            length: 128,
-        }
-    }
-
-    /// The lowest address of the network.
-    pub const fn address(self) -> Ipv6Addr {
-        self.address
-    }
-
-    /// The prefix length in bits, 0 to 128.
-    pub const fn length(self) -> u8 {
-        self.length
-    }
-
-    /// Whether `address` is in the network.
-    pub const fn contains(self, address: Ipv6Addr) -> bool {
-        match mask6(self.length) {
-            Some(mask) => address.to_bits() & mask == self.address.to_bits(),
-            None => false,
-        }
-    }
-}
-
-/// The address in hexadecimal groups, also where it embeds an IPv4 address, then `/length`.
-impl fmt::Display for Prefix6 {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", HexIpv6(self.address), self.length)
-    }
-}
-
-/// Prints an IPv6 address in compressed lower-case hexadecimal groups only (RFC 5952 section 4).
-///
-/// `core` prints IPv4-mapped addresses with a dotted tail; the keys and rules of Qubes do not.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HexIpv6(pub Ipv6Addr);
-
-impl fmt::Display for HexIpv6 {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [_, _, _, _, _, group5, high, low] = self.0.segments();
-        match self.0.to_ipv4_mapped() {
-            // The zero run of a mapped address is always its first five groups, which is the longest.
-            Some(_) => write!(f, "::{group5:x}:{high:x}:{low:x}"),
-            None => self.0.fmt(f),
-        }
-    }
-}
-
-/// Mask of an IPv4 prefix length; `None` above 32.
-const fn mask4(length: u8) -> Option<u32> {
-    match length {
-        0 => Some(0),
-        1..=32 => Some(u32::MAX << (32 - length)),
-        _ => None,
-    }
-}
-
-/// Mask of an IPv6 prefix length; `None` above 128.
-const fn mask6(length: u8) -> Option<u128> {
-    match length {
-        0 => Some(0),
-        1..=128 => Some(u128::MAX << (128 - length)),
-        _ => None,
-    }
-}
-
-/// A host name as a rule gives it: not empty, made of `a-z 0-9 - . _`.
-///
-/// dom0 checks the characters and nothing else, so a name may still be impossible in DNS; see
-/// [`HostName::is_resolvable`]. Cloning shares the text.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct HostName(Arc<str>);
-
-impl HostName {
-    /// Takes a name; upper case is folded, because names in DNS have no case.
-    ///
-    /// # Errors
-    ///
-    /// [`HostNameError`] for an empty name or a character that a name cannot have.
-    pub fn new(text: &str) -> Result<Self, HostNameError> {
-        if text.is_empty() {
-            return Err(HostNameError::Empty);
-        }
-        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
-        if !text.bytes().all(allowed) {
-            return Err(HostNameError::BadCharacter);
-        }
-        if text.bytes().any(|byte| byte.is_ascii_uppercase()) {
-            return Ok(Self(Arc::from(text.to_ascii_lowercase())));
-        }
-        Ok(Self(Arc::from(text)))
-    }
-
-    /// The name in lower case.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// Whether DNS could have an answer: the lengths fit, no label is empty (but one final dot is
-    /// fine) and the last label is not a number.
-    ///
-    /// Names that end in a number (`10.1`, `0x7f.1`) are what a C library would read as an address.
-    /// Here they are names that never resolve (`qubes-policy.md` 2.5).
-    pub fn is_resolvable(&self) -> bool {
-        let name = self.0.strip_suffix('.').unwrap_or(&self.0);
-        let mut last = name;
-        for label in name.split('.') {
-            if !(1..=MAX_DNS_LABEL_LEN).contains(&label.len()) {
-                return false;
-            }
-            last = label;
-        }
-        name.len() <= MAX_DNS_NAME_LEN && !is_number(last)
-    }
-}
-
-impl fmt::Display for HostName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// Whether a C library reads `label` as a number: decimal or octal digits, or `0x` and hex digits.
-fn is_number(label: &str) -> bool {
-    let all_hex = |digits: &str| digits.bytes().all(|byte| byte.is_ascii_hexdigit());
-    label.bytes().all(|byte| byte.is_ascii_digit()) || label.strip_prefix("0x").is_some_and(all_hex)
-}
-
-/// Why a text is not a host name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HostNameError {
-    /// There is no text.
-    Empty,
-    /// A byte is not one of `A-Z a-z 0-9 - . _`.
-    BadCharacter,
 }
 
 /// Where a rule's traffic goes.
@@ -509,6 +295,7 @@ mod tests {
     use super::*;
     use alloc::string::ToString;
     use alloc::vec;
+    use core::net::Ipv6Addr;
 
     fn rule(number: u16, destination: Destination) -> Rule {
         Rule {
@@ -520,71 +307,9 @@ mod tests {
     }
 
     #[test]
-    fn host_bits_are_cleared() {
-        let prefix = Prefix4::new(Ipv4Addr::new(10, 0, 0, 5), 8).unwrap();
-        assert_eq!(prefix.to_string(), "10.0.0.0/8");
-        assert!(prefix.contains(Ipv4Addr::new(10, 255, 0, 1)));
-        assert!(!prefix.contains(Ipv4Addr::new(11, 0, 0, 1)));
-        let prefix = Prefix6::new("2001:db8:ffff::1".parse().unwrap(), 37).unwrap();
-        assert_eq!(prefix.to_string(), "2001:db8:f800::/37");
-    }
-
-    #[test]
-    fn prefix_length_zero_holds_everything_and_full_length_one_address() {
-        let all = Prefix4::new(Ipv4Addr::new(1, 2, 3, 4), 0).unwrap();
-        assert!(all.contains(Ipv4Addr::BROADCAST));
-        let one = Prefix6::host(Ipv6Addr::LOCALHOST);
-        assert!(one.contains(Ipv6Addr::LOCALHOST));
-        assert!(!one.contains(Ipv6Addr::UNSPECIFIED));
-    }
-
-    #[test]
-    fn prefix_lengths_past_the_address_are_refused() {
-        assert_eq!(Prefix4::new(Ipv4Addr::UNSPECIFIED, 33), None);
-        assert_eq!(Prefix6::new(Ipv6Addr::UNSPECIFIED, 129), None);
-    }
-
-    #[test]
-    fn mapped_addresses_print_in_hexadecimal() {
-        let text = |address: &str| HexIpv6(address.parse().unwrap()).to_string();
-        assert_eq!(text("::ffff:1.2.3.4"), "::ffff:102:304");
-        assert_eq!(text("::ffff:0.0.0.0"), "::ffff:0:0");
-        assert_eq!(text("::1.2.3.4"), "::102:304");
-        assert_eq!(text("fd09:24ef:4179::a89:a"), "fd09:24ef:4179::a89:a");
-    }
-
-    #[test]
     fn reversed_port_range_is_refused() {
         assert_eq!(PortRange::new(2, 1), None);
         assert!(PortRange::new(1, 2).unwrap().contains(2));
-    }
-
-    #[test]
-    fn host_names_have_only_name_characters() {
-        assert_eq!(HostName::new(""), Err(HostNameError::Empty));
-        assert_eq!(HostName::new("a b"), Err(HostNameError::BadCharacter));
-        assert_eq!(HostName::new("ä.example"), Err(HostNameError::BadCharacter));
-        assert_eq!(
-            HostName::new("WWW.Example").unwrap().as_str(),
-            "www.example"
-        );
-    }
-
-    #[test]
-    fn names_that_dns_cannot_have_are_known() {
-        let resolvable = |text: &str| HostName::new(text).unwrap().is_resolvable();
-        assert!(resolvable("www.example.com"));
-        assert!(resolvable("_sip._udp.example.com."));
-        assert!(resolvable("1.2.example"));
-        for numeric in ["10.1", "127.1", "0x7f.1", "010.0.0.1", "1.2.3.4", "1.0x"] {
-            assert!(!resolvable(numeric), "{numeric}");
-        }
-        for broken in ["a..b", ".a", ".", "a.."] {
-            assert!(!resolvable(broken), "{broken}");
-        }
-        assert!(!resolvable(&"a".repeat(64)));
-        assert!(resolvable(&["a"; 127].join(".")));
-        assert!(!resolvable(&["a"; 128].join(".")));
     }
 
     #[test]

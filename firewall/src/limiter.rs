@@ -16,6 +16,7 @@ pub(crate) struct Bucket {
 
 impl Bucket {
     /// Takes a token if there is one.
+    #[inline]
     pub(crate) fn take(&mut self, now: Time, per_second: u16, burst: u16) -> bool {
         let passed = now.as_nanos().saturating_sub(self.at.as_nanos());
         self.at = now;
@@ -32,6 +33,7 @@ impl Bucket {
 }
 
 /// Both limits of an error: the receiver's own and everybody's.
+#[inline]
 pub(crate) fn allowed(
     own: &mut Bucket,
     global: &mut Bucket,

@@ -676,50 +676,59 @@ impl<A: Address> FlowTable<A> {
     /// Goes through the flows of emptied slots, as [`Self::next_due`] says.
     #[inline(always)]
     fn retire(&mut self, now: Ticks, budget: &mut u32, expired: &mut u64) -> Option<u32> {
+        loop {
+            let gone = self.retire_plain(now, *budget);
+            *budget -= gone;
+            *expired = expired.wrapping_add(u64::from(gone));
+            // One that is not plain, unless nothing is left.
+            let number = self.due;
+            let flow = self.flows.get_mut(as_index(number))?;
+            *budget = budget.checked_sub(1)?;
+            self.due = flow.timer_next;
+            flow.flags &= !ON_WHEEL;
+            if flow.flags & LIVE == 0 {
+                continue;
+            }
+            if !flow.is_overdue(now) {
+                return Some(number);
+            }
+            *expired = expired.wrapping_add(1);
+            self.remove(number);
+        }
+    }
+
+    /// Retires flows of emptied slots up to the first one that needs more than that; says how many. Apart
+    /// from its caller, so that the loop has the registers.
+    #[inline(never)]
+    fn retire_plain(&mut self, now: Ticks, budget: u32) -> u32 {
+        let (flows, owners) = (&mut *self.flows, &mut *self.owners);
         let (mut number, mut retired) = (self.due, self.retired);
-        let mut left = *budget;
-        // Entries that were looked at and not retired.
-        let mut others = 0;
-        let mut found = None;
-        while let Some(flow) = self.flows.get_mut(as_index(number)) {
-            if left == 0 {
+        let mut left = budget;
+        while left > 0
+            && let Some(flow) = flows.get_mut(as_index(number))
+        {
+            let flags = flow.flags;
+            if flags & (LIVE | REMAPPED) != LIVE || !flow.is_overdue(now) {
                 break;
             }
             left -= 1;
-            let (next, flags) = (flow.timer_next, flow.flags);
-            if flags & (LIVE | REMAPPED) != LIVE || !flow.is_overdue(now) {
-                flow.flags = flags & !ON_WHEEL;
-                let (is_live, is_overdue) = (flags & LIVE != 0, flow.is_overdue(now));
-                if is_live && is_overdue {
-                    self.remove(number);
-                } else {
-                    others += 1;
-                }
-                if is_live && !is_overdue {
-                    found = Some(number);
-                    number = next;
-                    break;
-                }
-            } else {
-                flow.timer_next = retired;
-                retired = number;
-                flow.flags = flags & IN_ASSURED_LIST | RETIRED;
-                if let Some(owner) = self.owners.get_mut(usize::from(flow.owner)) {
-                    owner.flows = owner.flows.wrapping_sub(1);
-                    if owner.flows == 0 {
-                        core::hint::cold_path();
-                        self.active_owners -= 1;
-                    }
-                }
-                self.live = self.live.wrapping_sub(1);
-            }
+            let next = core::mem::replace(&mut flow.timer_next, retired);
+            retired = number;
             number = next;
+            flow.flags = flags & IN_ASSURED_LIST | RETIRED;
+            if let Some(owner) = owners.get_mut(usize::from(flow.owner)) {
+                owner.flows = owner.flows.wrapping_sub(1);
+                if owner.flows == 0 {
+                    core::hint::cold_path();
+                    self.active_owners -= 1;
+                }
+            }
         }
         self.due = number;
         self.retired = retired;
-        *expired = expired.wrapping_add(u64::from(*budget - left - others));
-        *budget = left;
-        found
+        let gone = budget - left;
+        self.live = self.live.wrapping_sub(gone);
+        gone
     }
 
     /// Puts a flow back into the wheel.

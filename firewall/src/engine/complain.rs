@@ -85,34 +85,39 @@ pub(crate) fn reject<A: Local>(
     let Some(from) = from.filter(|_| !unanswerable) else {
         return Verdict::Drop(reason);
     };
-    let own = match ingress {
-        Iface::Uplink => Some(&mut core.uplink_errors),
-        Iface::Client(ClientId(id)) => core.registry.vif_mut(id).map(|vif| &mut vif.errors),
-    };
-    let Some(own) = own else {
-        return Verdict::Drop(reason);
-    };
-    if !limiter::allowed(own, &mut core.all_errors, core.icmp_rate, now) {
-        core.counters.icmp_errors_limited = core.counters.icmp_errors_limited.wrapping_add(1);
-        return Verdict::Reject(reason);
-    }
-    if send(core, frame, packet, ingress, complaint, from) {
-        core.counters.icmp_errors_sent = core.counters.icmp_errors_sent.wrapping_add(1);
+    if admit(core, ingress, now) {
+        send(core, frame, packet, ingress, complaint, from);
     }
     Verdict::Reject(reason)
 }
 
+/// Whether the rate limits let another error go to an interface; counts it if not.
 #[inline(always)]
-fn send<A: Local>(
+pub(crate) fn admit(core: &mut Core, egress: Iface, now: Time) -> bool {
+    let own = match egress {
+        Iface::Uplink => Some(&mut core.uplink_errors),
+        Iface::Client(ClientId(id)) => core.registry.vif_mut(id).map(|vif| &mut vif.errors),
+    };
+    let admitted =
+        own.is_some_and(|own| limiter::allowed(own, &mut core.all_errors, core.icmp_rate, now));
+    if !admitted {
+        core.counters.icmp_errors_limited = core.counters.icmp_errors_limited.wrapping_add(1);
+    }
+    admitted
+}
+
+/// Makes an error with the source address `from`. The packet is one that may be answered.
+#[inline(never)]
+pub(crate) fn send<A: Local>(
     core: &mut Core,
     frame: &Frame<'_>,
     packet: &Packet<A>,
     egress: Iface,
     complaint: Complaint,
     from: A,
-) -> bool {
+) {
     let Some((link, _)) = core.exit(egress) else {
-        return false;
+        return;
     };
     let longest = match A::FAMILY {
         Family::Ipv4 => MAX_ERROR4,
@@ -133,7 +138,7 @@ fn send<A: Local>(
     };
     let len = ethernet::HEADER + A::HEADER_LEN + ICMP_HEADER + quote_len;
     // Headers, and a quote as long as what is quoted: every byte is written.
-    core.emit_whole(egress, len, |bytes| {
+    let sent = core.emit_whole(egress, len, |bytes| {
         let Some((header, bytes)) = bytes.split_first_chunk_mut::<{ ethernet::HEADER }>() else {
             return;
         };
@@ -162,7 +167,8 @@ fn send<A: Local>(
         let [high, low] = checksum::field(sum).to_be_bytes();
         let [a, b, c, d] = rest.to_be_bytes();
         *icmp = [icmp_type, code, high, low, a, b, c, d];
-    })
+    });
+    core.counters.icmp_errors_sent = core.counters.icmp_errors_sent.wrapping_add(u64::from(sent));
 }
 
 /// Counts the quoted time to live down, as a packet that was about to be forwarded has it.

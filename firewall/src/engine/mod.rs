@@ -180,12 +180,13 @@ impl Engine {
     pub fn process(&mut self, ingress: Iface, frame: &mut Frame<'_>, now: Time) -> Verdict {
         let mut verdict = Verdict::Held;
         if !self.take(ingress, frame, &mut verdict, now, Ticks::at(now)) {
-            verdict = self.decide(ingress, frame, now, false);
+            verdict = self.decide_fully(ingress, frame, now);
         }
         verdict
     }
 
-    /// Sends a plain packet of an established flow on, if it is one. The directions of IPv4 are compiled
+    /// Sends a plain packet of an established flow on, or decides a plain packet that may start one; says
+    /// whether the packet was one of those. The directions of IPv4 are compiled
     /// apart, because they are the bulk.
     #[inline(always)]
     fn take(
@@ -199,7 +200,9 @@ impl Engine {
         match (start_of(frame), ingress) {
             (Start::V4, Iface::Client(id)) => {
                 let Some(key) = shortcut::read(&self.core, frame.head, frame.len, false) else {
-                    return false;
+                    ::core::hint::cold_path();
+                    *verdict = self.decide_unknown(ingress, frame, now, false);
+                    return true;
                 };
                 let place = self.flows4.place(&key);
                 let Some(flow) = self.flows4.find_mut_at(place, &key, false) else {
@@ -239,17 +242,17 @@ impl Engine {
         pass6(core, flow, ingress, Meta::of(frame), now)
     }
 
-    /// Every packet that the shortcut does not take. `unknown` says that no flow was found for it.
-    #[inline]
-    fn decide(
+    /// A packet that may be the first of a flow. `is_new` says that no flow was found for it.
+    #[inline(never)]
+    fn decide_unknown(
         &mut self,
         ingress: Iface,
         frame: &mut Frame<'_>,
         now: Time,
-        unknown: bool,
+        is_new: bool,
     ) -> Verdict {
         match (start_of(frame), ingress) {
-            (Start::V4, Iface::Client(id)) if opening::is_worth_it::<V4>(frame.head, unknown) => {
+            (Start::V4, Iface::Client(id)) if opening::is_worth_it::<V4>(frame.head, is_new) => {
                 self.open4(id, frame, None, now)
             }
             _ => self.decide_fully(ingress, frame, now),
@@ -310,7 +313,7 @@ impl Engine {
             let (ingress, frame) = (item.ingress, &mut item.frame);
             if !self.take(ingress, frame, &mut item.verdict, now, ticks) {
                 ::core::hint::cold_path();
-                item.verdict = self.decide(item.ingress, &mut item.frame, now, false);
+                item.verdict = self.decide_fully(item.ingress, &mut item.frame, now);
             }
         }
     }
@@ -334,7 +337,10 @@ impl Engine {
                 continue;
             }
             ::core::hint::cold_path();
-            item.verdict = self.decide(item.ingress, &mut item.frame, now, number == NO_FLOW);
+            item.verdict = match number {
+                NO_FLOW => self.decide_unknown(item.ingress, &mut item.frame, now, true),
+                _ => self.decide_fully(item.ingress, &mut item.frame, now),
+            };
             // Only the long way removes flows; then numbers may mean something else.
             if removals != self.removals() {
                 break;

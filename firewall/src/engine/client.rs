@@ -1,6 +1,6 @@
 //! Table A of `qubes-policy.md` 3.2: packets from a client that belong to no flow.
 //!
-//! The rows are decided in the order of the table. Rows A1 to A10 are in [`super`], what a flow does
+//! The rows are decided in the order of the table. Rows A1 to A10 are in [`super::arrival`], what a flow does
 //! with its packets (A16 to A19, A23, A24) in [`super::forward`].
 
 use super::complain::{self, Complaint};

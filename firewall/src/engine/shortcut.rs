@@ -3,7 +3,7 @@
 //! It takes a packet only if everything about it is plain: no options or extension headers, no
 //! fragment, no segmentation offload, a flow that is not overdue and whose epoch is current, a segment
 //! in the middle of its window, enough time to live, no larger than the next link. Then it does exactly
-//! what [`super`] and `forward.rs` do for such a packet. Otherwise nothing has changed, and the packet
+//! what `arrival.rs` and `forward.rs` do for such a packet. Otherwise nothing has changed, and the packet
 //! takes the long way.
 //!
 //! Both steps are compiled into their callers, with `reply` known where that pays.

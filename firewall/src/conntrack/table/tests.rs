@@ -1,3 +1,4 @@
+use super::shares::RECENT;
 use super::*;
 use crate::address::V4;
 use crate::conntrack::flow::REPLIED;

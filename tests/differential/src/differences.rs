@@ -17,6 +17,10 @@ pub(crate) struct Case<'a> {
     pub(crate) kernel: &'a [Seen],
     pub(crate) engine: &'a [Seen],
     pub(crate) verdict: Verdict,
+    /// The flow of the packet was running when rules came into force that forbid it.
+    pub(crate) forbidden: bool,
+    /// Time passes in the script.
+    pub(crate) timed: bool,
 }
 
 /// A difference that is meant.
@@ -56,6 +60,15 @@ pub(crate) const ALL: &[Difference] = &[
         },
     },
     Difference {
+        name: "D5 new rules",
+        what: "flows that newer rules forbid go on in the kernel alone; in the engine they are over: a client is rejected, what comes from outside is dropped",
+        reason: "qubes-policy.md 3.3 and D5: flows that new rules forbid are cut; on Linux the agent deletes some of them, which is no matter of the kernel",
+        applies: |case| {
+            let answer = case.engine.is_empty() || case.engine_prohibits();
+            case.forbidden && answer && case.kernel_passes()
+        },
+    },
+    Difference {
         name: "D6 invalid, rejecting rules",
         what: "the kernel asks the rules about an invalid packet of a client, and may answer; the engine drops it",
         reason: "qubes-policy.md A20 and D6",
@@ -63,7 +76,7 @@ pub(crate) const ALL: &[Difference] = &[
     },
     Difference {
         name: "D6 first fragment without transport",
-        what: "the kernel takes an IPv6 first fragment that cuts the transport header for an invalid packet and asks the rules; the engine drops it",
+        what: "the kernel takes an IPv6 first fragment that cuts the transport header for an invalid packet, asks the rules, and may answer, also that it is too old; the engine drops it",
         reason: "qubes-policy.md A20 and D6; RFC 8200 4.5 has such fragments discarded",
         applies: |case| {
             let cut = case
@@ -71,7 +84,7 @@ pub(crate) const ALL: &[Difference] = &[
                 .split
                 .as_ref()
                 .is_some_and(|split| split.size < 20);
-            case.v6() && cut && case.engine.is_empty() && case.kernel_prohibits()
+            case.v6() && cut && case.engine.is_empty() && case.kernel_sent_only_to(case.step.port)
         },
     },
     Difference {
@@ -86,6 +99,18 @@ pub(crate) const ALL: &[Difference] = &[
                     .split
                     .as_ref()
                     .is_some_and(|split| split.overlap.is_none())
+        },
+    },
+    Difference {
+        name: "idle GRE",
+        what: "the kernel forgets a GRE flow after 30 seconds, or 180 with replies; the engine after 600, like any other protocol",
+        reason: "qubes-policy.md 3.3: other protocols have the generic timeout",
+        applies: |case| {
+            let protocol = match &case.packet().body {
+                Body::Error { quote, .. } => quote.protocol,
+                _ => case.packet().protocol,
+            };
+            case.timed && protocol == 47 && case.kernel.is_empty()
         },
     },
     Difference {
@@ -223,6 +248,11 @@ impl Case<'_> {
     fn dropped(&self, reasons: &[DropReason]) -> bool {
         self.engine.is_empty()
             && matches!(self.verdict, Verdict::Drop(reason) if reasons.contains(&reason))
+    }
+
+    /// The kernel sent it on.
+    fn kernel_passes(&self) -> bool {
+        !self.kernel.is_empty() && self.kernel.iter().all(|own| own.port != self.step.port)
     }
 
     fn kernel_sent_only_to(&self, port: usize) -> bool {

@@ -12,6 +12,7 @@ use firewall::{
 
 use crate::kernel::Port;
 use crate::rules::Tree;
+use crate::script::Change;
 use crate::world::{
     ABSENT, CLIENTS, GATEWAY4, GATEWAY6, HOSTS, OWN4, OWN6, VIRTUAL_RESOLVERS, World,
 };
@@ -22,6 +23,9 @@ const CLIENT_MAC: Mac = [0x00, 0x16, 0x3e, 0x5e, 0x6c, 0x01];
 
 /// Between two packets. No flow may idle out during a rule set: the kernel has its own clock.
 const STEP_NANOS: u64 = 100_000;
+
+/// When a script starts.
+const START: Time = Time::from_secs(1000);
 
 /// What the engine said about the last of some packets that did not only wait, and what left.
 #[derive(Debug)]
@@ -146,8 +150,38 @@ impl Engine {
         }
         Ok(Self {
             packets,
-            now: Time::from_secs(1000),
+            now: START,
         })
+    }
+
+    /// Brings rules and resolvers up to date, as the kernel of the image does: rules about DNS are
+    /// compiled anew when resolvers change.
+    ///
+    /// # Errors
+    ///
+    /// If rules cannot be compiled.
+    pub(crate) fn update(&mut self, world: &World, change: &Change) -> Result<()> {
+        match change {
+            Change::Rules(number, _) => {
+                let (address, tree) = &world.trees[*number];
+                set_rules(&mut self.packets, world, *address, tree)
+            }
+            Change::Resolvers(_) => {
+                self.packets.set_dns(&VIRTUAL_RESOLVERS, &world.resolvers);
+                world
+                    .trees
+                    .iter()
+                    .try_for_each(|(own, tree)| set_rules(&mut self.packets, world, *own, tree))
+            }
+        }
+    }
+
+    /// Puts the clock to so many milliseconds after the start.
+    pub(crate) fn advance_to(&mut self, millis: u64) {
+        let then = START.plus_nanos(millis * 1_000_000);
+        self.now = self.now.max(then);
+        // As the main loop does.
+        while self.packets.tick(self.now, 64) {}
     }
 
     /// Gives packets to the engine and returns all that leaves because of them.

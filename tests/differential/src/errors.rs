@@ -121,5 +121,7 @@ fn error(rng: &mut Rng, flows: &[Flow], number: usize, about: &Step) -> Step {
         port: if from_client { flow.port } else { 0 },
         packet,
         flow: Some(number),
+        change: None,
+        at: 0,
     }
 }

@@ -21,6 +21,7 @@ use nix::sched::{CloneFlags, unshare};
 use smoltcp::phy::{Device as _, Medium, RxToken as _, TunTapInterface, TxToken as _};
 use smoltcp::time::Instant;
 
+use crate::pace;
 use crate::ruleset;
 use crate::world::{CLIENTS, GATEWAY4, GATEWAY6, OWN4, OWN6, World};
 
@@ -180,9 +181,12 @@ pub(crate) fn run(program: &str, arguments: &[&str], input: &str) -> Result<()> 
 
 impl Kernel {
     /// Moves this thread to a new namespace that is set up for `world`.
-    pub(crate) fn new(world: &World) -> Result<Self> {
+    pub(crate) fn new(world: &World, factor: Option<u64>) -> Result<Self> {
         enter()?;
         configure()?;
+        if let Some(factor) = factor {
+            pace::divide_timeouts(factor)?;
+        }
         run("ip", &["-batch", "-"], &Self::devices_batch())?;
         let names = [UPLINK]
             .into_iter()
@@ -250,6 +254,15 @@ impl Kernel {
             }
         }
         batch
+    }
+
+    /// Brings rules and resolvers up to date.
+    ///
+    /// # Errors
+    ///
+    /// If `nft` does not take them.
+    pub(crate) fn update(&mut self, world: &World) -> Result<()> {
+        run("nft", &["-f", "-"], &ruleset::update(world))
     }
 
     /// Gives packets to the kernel and returns all that leaves because of them.

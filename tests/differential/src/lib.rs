@@ -7,8 +7,13 @@
 //! ([`kernel`], [`ruleset`]), and through the engine ([`engine`]). What leaves must agree byte for byte,
 //! but for what [`seen`] names and but for the intended [`differences`].
 //!
-//! Not compared: ARP and Ethernet addresses (TUN devices have none), timeouts (the kernel's clock is
-//! not ours), rate limits (D8), what happens when rules change under running flows (D5).
+//! In some scripts rules and resolvers change under running flows; what new rules forbid goes on in the
+//! kernel and must be over in the engine (D5). In others time passes, with timeouts divided ([`pace`]).
+//!
+//! Not compared: ARP and Ethernet addresses (TUN devices have none), rate limits (D8), timeouts of
+//! established connections (five days), of simultaneous opens (no setting divides them) and of fragments,
+//! and that Linux lets an established connection idle for five minutes only after three segments that
+//! repeat the one before: the engine does not count those.
 
 #![forbid(unsafe_code)]
 #![allow(
@@ -20,6 +25,7 @@ mod differences;
 mod engine;
 mod errors;
 mod kernel;
+mod pace;
 mod packet;
 mod replay;
 mod report;

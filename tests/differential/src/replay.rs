@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use firewall::Verdict;
@@ -9,9 +11,12 @@ use firewall::Verdict;
 use crate::differences::{self, Case};
 use crate::engine::Engine;
 use crate::kernel::Kernel;
+use crate::pace;
 use crate::packet::{Body, ICMP, ICMPV6, TCP, UDP};
+use crate::report::{describe, list};
 use crate::script::{Script, Step};
 use crate::seen::{self, Seen, Sum};
+use crate::world::World;
 
 // TCP flags.
 const FIN: u8 = 1;
@@ -40,6 +45,8 @@ pub(crate) struct Findings {
     pub(crate) coverage: Tally,
     pub(crate) differences: Tally,
     pub(crate) disagreement: Option<Disagreement>,
+    /// The machine was too slow for a timed script: this proves nothing.
+    pub(crate) late: bool,
 }
 
 /// What is known about the ports of one side.
@@ -53,6 +60,16 @@ struct Side {
 
 struct Replay<'a> {
     script: &'a Script,
+    /// When something was last sent in each flow of a timed script, in milliseconds of the engine.
+    last_at: HashMap<usize, u64>,
+    /// How long nothing was sent in the flow of this packet.
+    waited: Duration,
+    /// What is in force now.
+    world: World,
+    /// Where flows go that have begun, after translation.
+    remotes: HashMap<usize, IpAddr>,
+    /// Flows that newer rules forbid (D5).
+    forbidden: HashSet<usize>,
     kernel_side: Side,
     engine_side: Side,
     /// Flows that the two know differently, for a reason.
@@ -72,10 +89,15 @@ struct Replay<'a> {
 ///
 /// If the kernel cannot be set up.
 pub(crate) fn run(script: &Script) -> Result<Findings> {
-    let mut kernel = Kernel::new(&script.world)?;
+    let mut kernel = Kernel::new(&script.world, script.factor)?;
     let mut engine = Engine::new(&script.world, script.seed)?;
     let mut replay = Replay {
         script,
+        last_at: HashMap::new(),
+        waited: Duration::ZERO,
+        world: script.world.clone(),
+        remotes: HashMap::new(),
+        forbidden: HashSet::new(),
         kernel_side: Side::default(),
         engine_side: Side::default(),
         retired: HashSet::new(),
@@ -84,7 +106,27 @@ pub(crate) fn run(script: &Script) -> Result<Findings> {
         begun: HashSet::new(),
         findings: Findings::default(),
     };
+    let start = Instant::now();
     for (number, step) in script.steps.iter().enumerate() {
+        if let Some(factor) = script.factor {
+            let then = start + Duration::from_millis(step.at) / u32::try_from(factor)?;
+            thread::sleep(then.saturating_duration_since(Instant::now()));
+            if then.elapsed() > pace::LATE {
+                replay.findings.late = true;
+                break;
+            }
+            engine.advance_to(step.at);
+            replay.waited = replay.waited_for(step);
+            // A flow that has idled out may start again with another port.
+            replay.ended.extend(step.flow);
+        }
+        if let Some(change) = &step.change {
+            replay.world.apply(change);
+            kernel.update(&replay.world)?;
+            engine.update(&replay.world, change)?;
+            replay.note_forbidden();
+        }
+        let step = &replay.readdressed(step);
         if replay.is_in_vain(step) {
             continue;
         }
@@ -106,16 +148,90 @@ const fn class(port: u16) -> u8 {
 }
 
 impl Replay<'_> {
+    /// How long nothing was sent in the flow of a step, and notes that something is now.
+    fn waited_for(&mut self, step: &Step) -> Duration {
+        let before = step
+            .flow
+            .and_then(|flow| self.last_at.insert(flow, step.at));
+        Duration::from_millis(step.at - before.unwrap_or(step.at))
+    }
+
+    /// Where a flow goes that starts now, or has gone since it started.
+    fn remote(&self, number: usize) -> Option<IpAddr> {
+        let flow = self.script.flows.get(number)?;
+        let is_dns = flow.dport == 53 && matches!(flow.protocol, TCP | UDP);
+        let now = || match self.world.after_dns(flow.server) {
+            Some(remote) if is_dns => remote,
+            _ => flow.server,
+        };
+        Some(self.remotes.get(&number).copied().unwrap_or_else(now))
+    }
+
+    /// A step with the address of whoever answers now: another one after a change of resolvers.
+    fn readdressed(&self, step: &Step) -> Step {
+        let mut step = step.clone();
+        step.flow = step.flow.or_else(|| self.forbidden_without_ports(&step));
+        if step.port == 0
+            && let Some(number) = step.flow
+            && let Some(flow) = self.script.flows.get(number)
+            && step.packet.src == flow.remote
+            && let Some(remote) = self.remote(number)
+        {
+            step.packet.src = remote;
+        }
+        step
+    }
+
+    /// The forbidden flow that a packet belongs to although the script does not say so: without ports
+    /// all packets between two addresses are of one flow.
+    fn forbidden_without_ports(&self, step: &Step) -> Option<usize> {
+        let packet = &step.packet;
+        if matches!(packet.protocol, TCP | UDP | ICMP | ICMPV6) {
+            return None;
+        }
+        self.forbidden.iter().copied().find(|number| {
+            let flow = &self.script.flows[*number];
+            let same = if step.port == 0 {
+                self.remote(*number) == Some(packet.src)
+            } else {
+                (flow.client, flow.server) == (packet.src, packet.dst)
+            };
+            same && flow.protocol == packet.protocol
+        })
+    }
+
+    /// Whether the rules that are in force allow a flow.
+    fn allows(&self, number: usize) -> bool {
+        match (self.script.flows.get(number), self.remote(number)) {
+            (Some(flow), Some(remote)) => self.world.allows(flow, remote),
+            _ => true,
+        }
+    }
+
+    /// Finds the running flows that a change of rules should end.
+    fn note_forbidden(&mut self) {
+        let begun: Vec<usize> = self.begun.iter().copied().collect();
+        let forbidden = begun.into_iter().filter(|flow| !self.allows(*flow));
+        let forbidden: Vec<usize> = forbidden.collect();
+        self.forbidden.extend(forbidden);
+    }
+
     /// Whether the two are known to start from different states.
     fn is_in_vain(&self, step: &Step) -> bool {
         let is_begun = |flow: &usize| self.begun.contains(flow);
-        let dst = match step.flow.and_then(|flow| self.script.flows.get(flow)) {
-            Some(flow) => flow.remote,
-            None => step.packet.dst,
+        // Forbidden, and allowed again: one of them has forgotten it.
+        let is_back = |flow: usize| self.forbidden.contains(&flow) && self.allows(flow);
+        let remote = step.flow.and_then(|flow| self.remote(flow));
+        let dst = remote.unwrap_or(step.packet.dst);
+        // An error is about packets of its flow.
+        let flow = step.flow.and_then(|flow| self.script.flows.get(flow));
+        let protocols = [step.packet.protocol, flow.map_or(0, |own| own.protocol)];
+        let is_occupied = |address: IpAddr| {
+            let at = |protocol| self.occupied.contains(&(protocol, address));
+            protocols.into_iter().any(at)
         };
-        let protocol = step.packet.protocol;
-        let is_occupied = |address: IpAddr| self.occupied.contains(&(protocol, address));
-        step.flow.is_some_and(|flow| self.retired.contains(&flow))
+        step.flow
+            .is_some_and(|flow| self.retired.contains(&flow) || is_back(flow))
             || !step.flow.as_ref().is_some_and(is_begun)
                 && (is_occupied(dst) || is_occupied(step.packet.src))
     }
@@ -195,6 +311,19 @@ impl Replay<'_> {
         if untracked || step.packet.damage == crate::packet::Damage::TransportChecksum {
             self.retire(step);
         }
+        let forbidden = step.flow.is_some_and(|own| self.forbidden.contains(&own));
+        // Another client may have got the port that the flow had outside.
+        let forwarded = engine_seen.iter().any(|own| {
+            let flow = step.flow.and_then(|flow| self.script.flows.get(flow));
+            own.port != step.port
+                && (own.port == 0 || flow.is_some_and(|flow| flow.port == own.port))
+        });
+        if forbidden && forwarded {
+            return Err(format!(
+                "the rules forbid the flow since a change; the engine says {verdict:?} and sends {}",
+                list(&engine_seen)
+            ));
+        }
         if kernel_seen == engine_seen {
             agrees_with_itself(step, verdict, &engine_seen)?;
             self.cover(step, verdict, &engine_seen);
@@ -205,6 +334,8 @@ impl Replay<'_> {
             kernel: &kernel_seen,
             engine: &engine_seen,
             verdict,
+            forbidden,
+            timed: self.script.factor.is_some(),
         };
         match differences::ALL.iter().find(|own| (own.applies)(&case)) {
             Some(difference) => {
@@ -231,10 +362,11 @@ impl Replay<'_> {
     /// the port that it has outside.
     fn retire(&mut self, step: &Step) {
         if let Some(number) = step.flow
-            && let Some(flow) = self.script.flows.get(number)
+            && let Some(remote) = self.remote(number)
         {
             self.retired.insert(number);
-            self.occupied.insert((flow.protocol, flow.remote));
+            self.occupied
+                .insert((self.script.flows[number].protocol, remote));
         }
     }
 
@@ -275,7 +407,8 @@ impl Replay<'_> {
         };
         let known = self.kernel_side.outside.contains_key(&number);
         let own = flow.sport;
-        let tuple = |port: u16| (flow.protocol, port, flow.remote, flow.dport);
+        let remote = self.remote(number).unwrap_or(flow.remote);
+        let tuple = |port: u16| (flow.protocol, port, remote, flow.dport);
         if !known && (by_kernel == own) != (by_engine == own) {
             // One of them had to choose: that must have a reason on its side.
             let (side, port) = if by_kernel == own {
@@ -352,10 +485,22 @@ impl Replay<'_> {
             .or_default() += 1;
     }
 
+    /// Notes that something of a flow has passed.
+    fn begin(&mut self, number: usize) {
+        if let Some(remote) = self.remote(number) {
+            self.remotes.insert(number, remote);
+        }
+        self.begun.insert(number);
+    }
+
     /// Counts what the two agree on.
     fn cover(&mut self, step: &Step, verdict: Verdict, seen: &[Seen]) {
         let v6 = step.packet.is_v6();
         let up = step.port > 0;
+        if self.waited > Duration::from_secs(5) && !up {
+            let fate = if seen.is_empty() { "over" } else { "alive" };
+            self.count(&format!("idle flow {fate}"), v6);
+        }
         let way = if up { "up" } else { "down" };
         match verdict {
             Verdict::Forward { .. } | Verdict::Replaced { .. } => {
@@ -363,9 +508,14 @@ impl Replay<'_> {
                 let is_error = matches!(step.packet.body, Body::Error { .. });
                 match step.flow {
                     _ if is_error => self.count(&format!("related {way}"), v6),
-                    Some(flow) if !self.begun.insert(flow) => {
+                    Some(flow) if self.begun.contains(&flow) => {
                         self.count(&format!("established {way}"), v6);
                     }
+                    Some(flow) if up => {
+                        self.begin(flow);
+                        self.count("new", v6);
+                    }
+                    // To the port of another flow that has begun.
                     _ => self.count("new", v6),
                 }
                 if step.packet.split.is_some() {
@@ -430,50 +580,4 @@ fn agrees_with_itself(step: &Step, verdict: Verdict, seen: &[Seen]) -> Result<()
         return Err(format!("both send a wrong checksum: {seen:#?}"));
     }
     Ok(())
-}
-
-fn describe(case: &Case<'_>) -> String {
-    format!(
-        "the engine says {:?}\nkernel sends {}\nengine sends {}",
-        case.verdict,
-        list(case.kernel),
-        list(case.engine)
-    )
-}
-
-fn list(seen: &[Seen]) -> String {
-    if seen.is_empty() {
-        return "nothing".to_owned();
-    }
-    let lines = seen.iter().map(|own| {
-        format!(
-            "\n  to {}: {} -> {} protocol {} {:?} checksum {:?} header checksum {} largest {:?}\n    header {}\n    transport {}\n    quote {:?}",
-            own.port,
-            own.src,
-            own.dst,
-            own.protocol,
-            own.icmp().map(|(kind, code)| format!("ICMP {kind}/{code}")),
-            own.sum,
-            own.header_sum,
-            own.largest,
-            hex(&own.header),
-            hex(&own.transport),
-            own.quote.as_ref().map(|own| (own.sum, own.bytes.len(), hex(&own.bytes))),
-        )
-    });
-    lines.collect()
-}
-
-/// Bytes to read, cut where they become dull.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    let shown: String = bytes
-        .iter()
-        .take(96)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    if bytes.len() > 96 {
-        format!("{shown}... ({} bytes)", bytes.len())
-    } else {
-        shown
-    }
 }

@@ -4,9 +4,10 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use crate::differences;
-use crate::replay::{Disagreement, Tally, hex};
+use crate::differences::{self, Case};
+use crate::replay::{Disagreement, Tally};
 use crate::script::Script;
+use crate::seen::Seen;
 
 /// What must have happened at least once for a run to prove anything.
 const NEEDED: &[&str] = &[
@@ -33,6 +34,8 @@ const NEEDED: &[&str] = &[
     "nat: port changed",
     "answered up",
     "other protocol accepted",
+    "idle flow alive",
+    "idle flow over",
 ];
 
 /// The same for IPv4 alone.
@@ -156,9 +159,13 @@ impl Total {
 /// A disagreement with all that is needed to see it.
 pub(crate) fn failure(script: &Script, found: &Disagreement, packets: usize) -> String {
     let mut out = String::new();
+    let sizes = match script.factor {
+        Some(_) => "--rule-sets 0 --timed 1".to_owned(),
+        None => format!("--rule-sets 1 --packets-per-set {packets}"),
+    };
     let _ = writeln!(
         out,
-        "kernel and engine disagree; to see it again: differential --seed {} --rule-sets 1 --packets-per-set {packets}",
+        "kernel and engine disagree; to see it again: differential --seed {} {sizes}",
         script.seed
     );
     let _ = writeln!(
@@ -178,10 +185,13 @@ pub(crate) fn failure(script: &Script, found: &Disagreement, packets: usize) -> 
         } else {
             format!("client {}", step.port)
         };
+        if let Some(change) = &step.change {
+            let _ = writeln!(out, "  change: {change:?}");
+        }
         let _ = writeln!(
             out,
-            "  packet {number} from {from}, flow {:?}: {:?}",
-            step.flow, step.packet
+            "  packet {number} at {} ms from {from}, flow {:?}: {:?}",
+            step.at, step.flow, step.packet
         );
         let own = |flow: usize| script.flows.get(flow).map_or(0, |flow| flow.sport);
         for bytes in step.packet.bytes(&own) {
@@ -190,4 +200,52 @@ pub(crate) fn failure(script: &Script, found: &Disagreement, packets: usize) -> 
     }
     let _ = writeln!(out, "{}", found.text);
     out
+}
+
+/// What the two did with a packet.
+pub(crate) fn describe(case: &Case<'_>) -> String {
+    format!(
+        "the engine says {:?}\nkernel sends {}\nengine sends {}",
+        case.verdict,
+        list(case.kernel),
+        list(case.engine)
+    )
+}
+
+/// What left, with every field that is compared.
+pub(crate) fn list(seen: &[Seen]) -> String {
+    if seen.is_empty() {
+        return "nothing".to_owned();
+    }
+    let lines = seen.iter().map(|own| {
+        format!(
+            "\n  to {}: {} -> {} protocol {} {:?} checksum {:?} header checksum {} largest {:?}\n    header {}\n    transport {}\n    quote {:?}",
+            own.port,
+            own.src,
+            own.dst,
+            own.protocol,
+            own.icmp().map(|(kind, code)| format!("ICMP {kind}/{code}")),
+            own.sum,
+            own.header_sum,
+            own.largest,
+            hex(&own.header),
+            hex(&own.transport),
+            own.quote.as_ref().map(|own| (own.sum, own.bytes.len(), hex(&own.bytes))),
+        )
+    });
+    lines.collect()
+}
+
+/// Bytes to read, cut where they become dull.
+fn hex(bytes: &[u8]) -> String {
+    let shown: String = bytes
+        .iter()
+        .take(96)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    if bytes.len() > 96 {
+        format!("{shown}... ({} bytes)", bytes.len())
+    } else {
+        shown
+    }
 }

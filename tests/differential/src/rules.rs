@@ -3,10 +3,12 @@
 //! The engine gets their text through the parser of the `qubes` crate. The kernel gets what
 //! [`crate::ruleset`] makes of the same values, which knows neither that parser nor the compiler.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use fastrand::Rng;
 
+use crate::packet::{ICMP, ICMPV6, TCP, UDP};
+use crate::script::Flow;
 use crate::world::{HOSTS, SERVERS4, SERVERS6};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,7 +151,66 @@ fn target(rng: &mut Rng, v6: bool) -> Target {
     Target::Network(servers[rng.usize(..servers.len())], length)
 }
 
+impl Rule {
+    /// Whether the rule is about a flow to this place. A third opinion, beside nftables and the engine:
+    /// it tells only which flows a change of rules should end.
+    fn matches(&self, flow: &Flow, remote: IpAddr, resolvers: &[Ipv4Addr]) -> bool {
+        let v6 = remote.is_ipv6();
+        let about_target = match &self.target {
+            Target::Any => true,
+            Target::Network(address, length) => is_in(remote, *address, *length),
+            Target::Host(at) => match HOSTS[*at].1 {
+                Some(addresses) => addresses.contains(&remote),
+                None => !self.accept,
+            },
+        };
+        let ports = if self.dns { Some((53, 53)) } else { self.ports };
+        let has_ports = matches!(flow.protocol, TCP | UDP);
+        let is_icmp = flow.protocol == if v6 { ICMPV6 } else { ICMP };
+        let about_protocol = match self.proto {
+            None => true,
+            Some(Proto::Tcp) => flow.protocol == TCP,
+            Some(Proto::Udp) => flow.protocol == UDP,
+            Some(Proto::Icmp) => is_icmp,
+        };
+        let about_type = self
+            .icmp_type
+            .is_none_or(|kind| is_icmp && flow.dport >> 8 == u16::from(kind));
+        let about_ports =
+            ports.is_none_or(|(from, to)| has_ports && (from..=to).contains(&flow.dport));
+        let about_dns = !self.dns
+            || !v6
+                && self.ports.is_none_or(|own| own == (53, 53))
+                && resolvers.iter().any(|own| IpAddr::V4(*own) == remote);
+        about_target && about_protocol && about_type && about_ports && about_dns
+    }
+}
+
+fn is_in(address: IpAddr, network: IpAddr, length: u8) -> bool {
+    let bits = |own: IpAddr| match own {
+        IpAddr::V4(own) => u128::from(own.to_bits()) << 96,
+        IpAddr::V6(own) => own.to_bits(),
+    };
+    // The bits of both families start at the top.
+    let mask = u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0);
+    address.is_ipv6() == network.is_ipv6() && (bits(address) ^ bits(network)) & mask == 0
+}
+
 impl Tree {
+    /// Whether a flow to this place may start.
+    pub(crate) fn allows(&self, flow: &Flow, remote: IpAddr, resolvers: &[Ipv4Addr]) -> bool {
+        match self {
+            Self::Absent | Self::Broken => false,
+            Self::Rules {
+                accept_policy,
+                rules,
+            } => rules
+                .iter()
+                .find(|rule| rule.matches(flow, remote, resolvers))
+                .map_or(*accept_policy, |rule| rule.accept),
+        }
+    }
+
     pub(crate) fn random(rng: &mut Rng, v6: bool) -> Self {
         match rng.u8(..100) {
             0..4 => return Self::Absent,

@@ -34,15 +34,32 @@ impl Clients {
 
 /// Writes the whole ruleset, which replaces the one before.
 pub(crate) fn text(world: &World) -> String {
+    text_for(world, &everybody(), &[false, true])
+}
+
+/// Writes what brings rules and resolvers up to date, in one transaction that leaves flows alone.
+pub(crate) fn update(world: &World) -> String {
+    let mut out = String::new();
+    for v6 in [false, true] {
+        let _ = writeln!(out, "delete table {} qubes-firewall", family(v6));
+        agent(&mut out, world, &everybody(), v6);
+    }
+    out.push_str("flush chain ip qubes dnat-dns\n");
+    for rule in dns_rules(world) {
+        let _ = writeln!(out, "add rule ip qubes dnat-dns {rule}");
+    }
+    out
+}
+
+fn everybody() -> Clients {
     let attached = CLIENTS.iter().flat_map(|client| {
         let own = client.addresses.iter();
         own.map(|own| (client.name.to_owned(), *own))
     });
-    let clients = Clients {
+    Clients {
         attached: attached.collect(),
         absent: ABSENT.to_vec(),
-    };
-    text_for(world, &clients, &[false, true])
+    }
 }
 
 /// Writes the whole ruleset for these clients, of IPv4 (`false`), IPv6 (`true`) or both.
@@ -135,17 +152,22 @@ fn base(out: &mut String, world: &World, clients: &Clients, v6: bool) {
     );
 }
 
-fn dns(world: &World) -> String {
-    let mut rules = String::new();
+fn dns_rules(world: &World) -> Vec<String> {
+    let mut rules = Vec::new();
     for address in VIRTUAL_RESOLVERS {
         let verdict = match world.after_dns(IpAddr::V4(address)) {
             Some(real) => format!("dnat to {real}"),
             None => "drop".to_owned(),
         };
         for protocol in ["udp", "tcp"] {
-            let _ = writeln!(rules, "ip daddr {address} {protocol} dport 53 {verdict}");
+            rules.push(format!("ip daddr {address} {protocol} dport 53 {verdict}"));
         }
     }
+    rules
+}
+
+fn dns(world: &World) -> String {
+    let rules = dns_rules(world).join("\n");
     format!(
         "chain dnat-dns {{
             type nat hook prerouting priority dstnat; policy accept;

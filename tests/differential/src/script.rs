@@ -3,17 +3,21 @@
 //! A script does not depend on what becomes of its packets, so that any part of it can be run alone.
 
 use std::collections::HashSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use fastrand::Rng;
 
 use crate::errors;
 use crate::kernel::Port;
+use crate::pace;
 use crate::packet::{ICMP, ICMPV6, Packet, TCP, UDP};
 use crate::rules::{self, Tree};
 use crate::strays;
 use crate::talk;
 use crate::world::{ABSENT, CLIENTS, SERVERS4, SERVERS6, VIRTUAL_RESOLVERS, World};
+
+/// Flows of a timed script.
+const FLOWS_AT_ONCE: u16 = 200;
 
 /// What a client and somebody out there say to each other.
 #[derive(Clone, Debug)]
@@ -39,6 +43,19 @@ pub(crate) struct Step {
     pub(crate) packet: Packet,
     /// The flow that they mean.
     pub(crate) flow: Option<usize>,
+    /// What dom0 changes just before.
+    pub(crate) change: Option<Change>,
+    /// When, in milliseconds of the engine from the start, if the script is timed.
+    pub(crate) at: u64,
+}
+
+/// What may change while flows run.
+#[derive(Clone, Debug)]
+pub(crate) enum Change {
+    /// Other rules for one of the client addresses, by its place in [`World::trees`].
+    Rules(usize, Tree),
+    /// Other resolvers, and with them all rules about DNS.
+    Resolvers(Vec<Ipv4Addr>),
 }
 
 #[derive(Clone, Debug)]
@@ -47,6 +64,8 @@ pub(crate) struct Script {
     pub(crate) world: World,
     pub(crate) flows: Vec<Flow>,
     pub(crate) steps: Vec<Step>,
+    /// How much faster the engine's clock runs, if time passes.
+    pub(crate) factor: Option<u64>,
 }
 
 impl Flow {
@@ -56,14 +75,7 @@ impl Flow {
 }
 
 fn world(rng: &mut Rng) -> World {
-    let [one, two] = VIRTUAL_RESOLVERS;
-    let other = [[192, 168, 1, 1], [9, 9, 9, 9]].map(std::net::Ipv4Addr::from);
-    let resolvers = match rng.u8(..10) {
-        0 => Vec::new(),
-        1..3 => vec![other[0]],
-        3..5 => other.to_vec(),
-        _ => vec![one, two],
-    };
+    let resolvers = resolvers(rng);
     let uplink_mtu = *rng.choice(&[1500, 1500, 1400, 1280]).unwrap_or(&1500);
     let addresses = CLIENTS.iter().flat_map(|client| client.addresses);
     let trees = addresses
@@ -73,6 +85,39 @@ fn world(rng: &mut Rng) -> World {
         uplink_mtu,
         resolvers,
         trees,
+    }
+}
+
+fn resolvers(rng: &mut Rng) -> Vec<Ipv4Addr> {
+    let [one, two] = VIRTUAL_RESOLVERS;
+    let other = [[192, 168, 1, 1], [9, 9, 9, 9]].map(std::net::Ipv4Addr::from);
+    match rng.u8(..10) {
+        0 => Vec::new(),
+        1..3 => vec![other[0]],
+        3..5 => other.to_vec(),
+        _ => vec![one, two],
+    }
+}
+
+/// Lets dom0 change something now and then; most scripts stay as they are.
+fn change(rng: &mut Rng, world: &World, steps: &mut [Step]) {
+    if steps.is_empty() || rng.u8(..3) > 0 {
+        return;
+    }
+    for _ in 0..rng.usize(1..7) {
+        let at = rng.usize(..steps.len());
+        let change = if rng.u8(..4) == 0 {
+            Change::Resolvers(resolvers(rng))
+        } else {
+            let number = rng.usize(..world.trees.len());
+            let v6 = world.trees[number].0.is_ipv6();
+            match Tree::random(rng, v6) {
+                // dom0 commits rules, and never none.
+                Tree::Absent => continue,
+                tree => Change::Rules(number, tree),
+            }
+        };
+        steps[at].change = Some(change);
     }
 }
 
@@ -187,12 +232,54 @@ impl Script {
             count += part.len();
             parts.push(part);
         }
-        let steps = mix(rng, parts);
+        let mut steps = mix(rng, parts);
+        change(rng, &world, &mut steps);
         Self {
             seed,
             world,
             flows,
             steps,
+            factor: None,
+        }
+    }
+
+    /// A script of many flows at once that idle out or do not, with rules that allow everything.
+    pub(crate) fn timed(seed: u64) -> Self {
+        let mut rng = Rng::with_seed(seed);
+        let rng = &mut rng;
+        let mut world = world(rng);
+        for (_, tree) in &mut world.trees {
+            *tree = Tree::Rules {
+                accept_policy: true,
+                rules: Vec::new(),
+            };
+        }
+        let factor = pace::FACTORS[usize::from(seed % 2 == 1)];
+        let mut flows: Vec<Flow> = Vec::new();
+        let mut steps = Vec::new();
+        let mut others = HashSet::new();
+        for number in 0..FLOWS_AT_ONCE {
+            let mut own = flow(rng, &world);
+            // A port of its own, so that a flow that starts again keeps it.
+            own.sport = 41_000 + number;
+            if !matches!(own.protocol, TCP | UDP | ICMP | ICMPV6)
+                && !others.insert((own.remote, own.protocol))
+            {
+                continue;
+            }
+            flows.push(own);
+            let number = flows.len() - 1;
+            let mut part = talk::steps(rng, &flows, number);
+            errors::insert(rng, &flows, number, &mut part);
+            steps.extend(pace::spread(rng, &flows[number], factor, part));
+        }
+        steps.sort_by_key(|step| step.at);
+        Self {
+            seed,
+            world,
+            flows,
+            steps,
+            factor: Some(factor),
         }
     }
 }

@@ -9,6 +9,22 @@ use crate::script::Script;
 /// Runs that shrinking may take.
 const MOST_RUNS: usize = 400;
 
+/// Leaves all flows but one out of a timed script, if that shows the disagreement too: every run of it
+/// takes its time.
+///
+/// # Errors
+///
+/// If the kernel cannot be set up.
+pub(crate) fn to_one_flow(script: &Script, found: Disagreement) -> Result<(Script, Disagreement)> {
+    let mut trial = script.clone();
+    let flow = script.steps.get(found.step).and_then(|step| step.flow);
+    trial.steps.retain(|step| step.flow == flow);
+    match replay::run(&trial)?.disagreement {
+        Some(still) => Ok((trial, still)),
+        None => Ok((script.clone(), found)),
+    }
+}
+
 /// Leaves out steps and rules for as long as something disagrees.
 ///
 /// # Errors

@@ -238,7 +238,19 @@ pub(crate) fn step(rng: &mut Rng, flows: &[Flow]) -> Step {
         port,
         packet,
         flow: None,
+        change: None,
+        at: 0,
     };
     damage(rng, std::slice::from_mut(&mut step));
+    // A first fragment that is too short for its transport, more often than chance has it.
+    if v6 && from_client && step.packet.protocol == TCP && rng.u8(..12) == 0 {
+        let size = 8;
+        step.packet.split = Some(Split {
+            size,
+            order: (0..step.packet.pieces(size)).collect(),
+            overlap: None,
+            again: None,
+        });
+    }
     step
 }

@@ -44,6 +44,8 @@ fn step(rng: &mut Rng, flows: &[Flow], number: usize, up: bool, body: Body) -> S
         port: if up { flows[number].port } else { 0 },
         packet,
         flow: Some(number),
+        change: None,
+        at: 0,
     }
 }
 

@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::kernel;
-use crate::replay;
+use crate::replay::{self, Disagreement, Findings};
 use crate::report::{self, Total};
 use crate::script::Script;
 use crate::shrink;
@@ -20,6 +20,9 @@ use crate::speed;
 
 /// The seed when nobody gives one: every run of CI is the same.
 const SEED: u64 = 0x0051_7562_6573;
+
+/// Runs of a timed script, of which one must be in time.
+const TRIES: usize = 4;
 
 /// The packet engine against the Linux kernel: the same packets through both.
 ///
@@ -40,6 +43,9 @@ pub struct Options {
     /// Packets in each rule set, about
     #[arg(long, default_value_t = 400)]
     packets_per_set: usize,
+    /// Scripts in which time passes, all at once beside the others
+    #[arg(long, default_value_t = 8)]
+    timed: u64,
     /// Go on for so long instead
     #[arg(long)]
     hours: Option<f64>,
@@ -107,7 +113,20 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         let all: Vec<_> = (0..workers)
             .map(|_| scope.spawn(|| shared.work()))
             .collect();
-        for worker in all {
+        let timed = if options.rule_sets == 1 {
+            0
+        } else {
+            options.timed
+        };
+        let timed: Vec<_> = (0..timed)
+            .map(|number| {
+                scope.spawn({
+                    let shared = &shared;
+                    move || shared.wait(number)
+                })
+            })
+            .collect();
+        for worker in all.into_iter().chain(timed) {
             worker.join().map_err(|_| anyhow!("a worker crashed"))??;
         }
         Ok::<(), anyhow::Error>(())
@@ -143,7 +162,7 @@ impl Shared<'_> {
     fn is_over(&self, number: u64, packets: u64) -> bool {
         match self.options.hours {
             Some(hours) => self.begun.elapsed() > Duration::from_secs_f64(hours * 3600.0),
-            None if self.options.rule_sets == 1 => number >= 1,
+            None if self.options.rule_sets <= 1 => number >= self.options.rule_sets,
             None => number >= self.options.rule_sets && packets >= self.options.packets,
         }
     }
@@ -158,26 +177,55 @@ impl Shared<'_> {
             let seed = self.options.seed.wrapping_add(number);
             let script = Script::new(seed, self.options.packets_per_set);
             let mut findings = replay::run(&script)?;
-            let found = findings.disagreement.take();
-            let mut failure = None;
-            if let Some(found) = found
-                && !self.stop.swap(true, Ordering::Relaxed)
-            {
-                self.bar.set_message("shrinking");
-                let (shortest, found) = shrink::shrink(&script, found)?;
-                failure = Some(report::failure(
-                    &shortest,
-                    &found,
-                    self.options.packets_per_set,
-                ));
-            }
-            let mut total = self.total.lock().map_err(|_| anyhow!("a worker crashed"))?;
-            total.add(&findings);
-            if failure.is_some() {
-                total.failure = failure;
-            }
+            let failure = self.judge(&script, &mut findings, shrink::shrink)?;
+            let packets = self.add(&findings, failure)?;
             self.bar.inc(1);
-            self.bar.set_message(format!("{} packets", total.packets));
+            self.bar.set_message(format!("{packets} packets"));
         }
+    }
+
+    /// Runs a timed script, again if the machine was too slow.
+    fn wait(&self, number: u64) -> Result<()> {
+        let script = Script::timed(self.options.seed.wrapping_add(number));
+        for _ in 0..TRIES {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            let mut findings = replay::run(&script)?;
+            if !findings.late {
+                let failure = self.judge(&script, &mut findings, shrink::to_one_flow)?;
+                self.add(&findings, failure)?;
+                return Ok(());
+            }
+        }
+        // Without any that was in time, coverage says what is missing.
+        Ok(())
+    }
+
+    /// What to say about a script, if it failed and is the first one.
+    fn judge(
+        &self,
+        script: &Script,
+        findings: &mut Findings,
+        shrink: fn(&Script, Disagreement) -> Result<(Script, Disagreement)>,
+    ) -> Result<Option<String>> {
+        let found = findings.disagreement.take();
+        let Some(found) = found.filter(|_| !self.stop.swap(true, Ordering::Relaxed)) else {
+            return Ok(None);
+        };
+        self.bar.set_message("shrinking");
+        let (shortest, found) = shrink(script, found)?;
+        let packets = self.options.packets_per_set;
+        Ok(Some(report::failure(&shortest, &found, packets)))
+    }
+
+    /// Adds what a script found; returns the packets of all.
+    fn add(&self, findings: &Findings, failure: Option<String>) -> Result<u64> {
+        let mut total = self.total.lock().map_err(|_| anyhow!("a worker crashed"))?;
+        total.add(findings);
+        if failure.is_some() {
+            total.failure = failure;
+        }
+        Ok(total.packets)
     }
 }

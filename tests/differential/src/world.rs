@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::rules::Tree;
+use crate::script::{Change, Flow};
 
 /// A client vif.
 #[derive(Clone, Copy, Debug)]
@@ -110,6 +111,24 @@ pub(crate) struct World {
 }
 
 impl World {
+    /// Changes what dom0 has changed.
+    pub(crate) fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Rules(number, tree) => {
+                if let Some((_, own)) = self.trees.get_mut(*number) {
+                    own.clone_from(tree);
+                }
+            }
+            Change::Resolvers(resolvers) => self.resolvers.clone_from(resolvers),
+        }
+    }
+
+    /// Whether the rules that are in force let a flow start, as `qubes-policy.md` 2.2 has them.
+    pub(crate) fn allows(&self, flow: &Flow, remote: IpAddr) -> bool {
+        let tree = self.trees.iter().find(|(own, _)| *own == flow.client);
+        tree.is_some_and(|(_, tree)| tree.allows(flow, remote, &self.resolvers))
+    }
+
     /// Where a packet to `dst` ends up if it is DNS to a virtual resolver.
     pub(crate) fn after_dns(&self, dst: IpAddr) -> Option<IpAddr> {
         let at = VIRTUAL_RESOLVERS

@@ -34,12 +34,12 @@ const COMPILE: [&str; 8] = [
     // always merged into its caller, since in a function with a large frame each access to the stack is longer; and only
     // what is tiny, or marked, is merged into many (the ways of packets are marked).
     "-Cllvm-args=-enable-machine-outliner=always -inline-max-stacksize=192 -inline-threshold=10",
-    // For size, about 12 KB together, without a cost in instructions per packet: no table of addresses (8 bytes each) for a
+    // For size, about 16 KB together, without a cost in instructions per packet: no table of addresses (8 bytes each) for a
     // match with fewer than eight arms; no copies of computations on paths that might not need them; instructions and
     // constants stay where the source has them instead of being moved ahead, which costs registers and so stack accesses.
     concat!(
         "-Cllvm-args=-min-jump-table-entries=8 -enable-pre=0 -disable-lsr -disable-constant-hoisting",
-        " -enable-misched=0 -split-spill-mode=size -tail-merge-size=2 -x86-cmov-converter=0",
+        " -enable-misched=0 -disable-machine-licm -split-spill-mode=size -tail-merge-size=2 -x86-cmov-converter=0",
     ),
     // The linker that comes with the compiler, without a C compiler around it.
     "-Clinker=rust-lld",

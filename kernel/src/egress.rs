@@ -68,11 +68,15 @@ struct Takes {
 }
 
 /// How a frame must go.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it lives on the stack for one frame; nothing is allocated per packet"
+)]
 enum Fit {
     /// As it is now.
     Whole,
     /// Cut into segments.
-    Cut(alloc::boxed::Box<Cut>),
+    Cut(Cut),
     /// Not at all: the receiver cannot take it and we cannot help.
     Never,
 }
@@ -88,7 +92,7 @@ fn fit(frame: &mut Frame, takes: Takes) -> Fit {
     // A frame with GSO is always blank; whoever takes the one takes the other.
     if frame.gso.is_some() && !(gso && blank) {
         return match Cut::plan(frame, blank) {
-            Some(cut) => Fit::Cut(alloc::boxed::Box::new(cut)),
+            Some(cut) => Fit::Cut(cut),
             None => Fit::Never,
         };
     }

@@ -107,7 +107,13 @@ impl Engine {
                     shortcut::pass(core, flow, NO_CLIENT, parts, ticks, true),
                 )
             }
-            (Start::V6, _) => send(verdict, self.take6(ingress, frame, ticks)),
+            (Start::V6, _) => {
+                if !send(verdict, self.take6(ingress, frame, ticks)) {
+                    core::hint::cold_path();
+                    *verdict = self.decide_unknown(ingress, frame, now, true);
+                }
+                true
+            }
             (Start::Other, _) => false,
         }
     }
@@ -135,6 +141,9 @@ impl Engine {
             (Start::V4, Iface::Client(id)) if opening::is_worth_it::<V4>(frame.head, is_new) => {
                 self.open4(id, frame, None, now)
             }
+            (Start::V6, Iface::Client(id)) if opening::is_worth_it::<V6>(frame.head, is_new) => {
+                self.open6(id, frame, now)
+            }
             _ => self.decide_fully(ingress, frame, now),
         }
     }
@@ -154,6 +163,22 @@ impl Engine {
         core.last_flow = NO_FLOW;
         let ingress = Iface::Client(id);
         match opening::decide(core, flows, id, frame, known, now) {
+            Some(verdict) => {
+                self.account(ingress, frame.len, verdict);
+                verdict
+            }
+            None => self.decide_fully(ingress, frame, now),
+        }
+    }
+
+    /// [`Self::open4`] for IPv6.
+    #[inline(never)]
+    fn open6(&mut self, id: ClientId, frame: &mut Frame<'_>, now: Time) -> Verdict {
+        let (core, flows) = (&mut self.core, &mut self.flows6);
+        core.last_rule = None;
+        core.last_flow = NO_FLOW;
+        let ingress = Iface::Client(id);
+        match opening::decide(core, flows, id, frame, None, now) {
             Some(verdict) => {
                 self.account(ingress, frame.len, verdict);
                 verdict

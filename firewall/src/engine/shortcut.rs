@@ -169,8 +169,7 @@ pub(crate) fn pass<A: Local>(
     } else {
         let len = u32::from(u16::from_be_bytes([start[4], start[5]]));
         let field = u16::from_be_bytes([start[6], start[7]]);
-        // Without a checksum: rare enough for the long way.
-        if len < 8 || len + A::HEADER_BYTES > total_len || field == 0 {
+        if len < 8 || len + A::HEADER_BYTES > total_len {
             return None;
         }
         // The flow must be in the right list already.
@@ -181,6 +180,8 @@ pub(crate) fn pass<A: Local>(
         flow::follow_udp(flags, patience, flow.created, reply, ticks);
         let field = match *meta.checksum == Checksum::Blank {
             true => pseudo(other, protocol::UDP, total_len),
+            // There is none.
+            false if field == 0 => 0,
             false => match checksum::apply(field, own.transport_delta) {
                 0 => 0xffff,
                 field => field,

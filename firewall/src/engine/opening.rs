@@ -130,8 +130,9 @@ pub(crate) fn decide<A: Local>(
     let decision = A::decide(rules, destination, upper);
     core.last_rule = Some(decision.rule);
     if decision.action == Action::Drop {
-        // A flow to another resolver than now would still be allowed.
-        if known.is_none() && destination != key.dst {
+        // A flow to another resolver than now may still be allowed, also if the resolver of now is the
+        // one that the client names.
+        if known.is_none() && low16(key.ports) == client::DNS {
             return None;
         }
         let reason = match decision.rule {

@@ -170,7 +170,7 @@ impl Replay<'_> {
     /// A step with the address of whoever answers now: another one after a change of resolvers.
     fn readdressed(&self, step: &Step) -> Step {
         let mut step = step.clone();
-        step.flow = step.flow.or_else(|| self.forbidden_without_ports(&step));
+        step.flow = self.forbidden_without_ports(&step).or(step.flow);
         if step.port == 0
             && let Some(number) = step.flow
             && let Some(flow) = self.script.flows.get(number)

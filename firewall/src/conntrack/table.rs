@@ -251,15 +251,7 @@ impl<A: Address> FlowTable<A> {
         let fresh = self.free == NONE && unused < self.capacity;
         let evicted = self.free == NONE && !fresh && self.make_room(flow.owner, now)?;
         let number = if fresh { unused } else { self.free };
-        let first = Reference::new(number, false);
-        let Some(original_at) = self.index_insert(original, first) else {
-            return Err(NoRoom);
-        };
-        let Some(reply_at) = self.index_insert(reply, Reference::new(number, true)) else {
-            self.index.remove(original, first);
-            return Err(NoRoom);
-        };
-        let mut on_wheel = false;
+        let mut on_wheel = 0;
         if fresh {
             self.flows.push(*flow);
         } else {
@@ -267,17 +259,24 @@ impl<A: Address> FlowTable<A> {
                 return Err(NoRoom);
             };
             self.free = entry.list_next;
-            on_wheel = entry.flags & ON_WHEEL != 0;
+            on_wheel = entry.flags & ON_WHEEL;
             let timer_next = entry.timer_next;
             *entry = *flow;
             entry.timer_next = timer_next;
         }
+        // Only now: to make room, the index may ask for the key of the reference before.
+        let locations = self.index_both(number, [original, reply]);
         let Some(entry) = self.flows.get_mut(as_index(number)) else {
             return Err(NoRoom);
         };
-        entry.set_locations([original_at, reply_at]);
+        let Some(locations) = locations else {
+            entry.flags = on_wheel;
+            self.put_free(number);
+            return Err(NoRoom);
+        };
+        entry.set_locations(locations);
         entry.flags |= ON_WHEEL;
-        if !on_wheel {
+        if on_wheel == 0 {
             let timeout = entry.timeout();
             self.link_timer(number, now.plus(timeout.wrapping_add(1)), now);
         }
@@ -288,6 +287,20 @@ impl<A: Address> FlowTable<A> {
         }
         self.link_owner(number);
         Ok((number, evicted))
+    }
+
+    /// Puts both directions of a flow into the index, or none.
+    #[inline(always)]
+    fn index_both(&mut self, number: u32, [original, reply]: [Place; 2]) -> Option<[Location; 2]> {
+        let first = Reference::new(number, false);
+        let original_at = self.index_insert(original, first)?;
+        match self.index_insert(reply, Reference::new(number, true)) {
+            Some(reply_at) => Some([original_at, reply_at]),
+            None => {
+                self.index.remove(original, first);
+                None
+            }
+        }
     }
 
     #[inline(always)]

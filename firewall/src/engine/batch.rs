@@ -65,9 +65,8 @@ const fn side_of(ingress: Iface) -> (ClientId, bool) {
 }
 
 impl Engine {
-    /// Sends a plain packet of an established flow on, or decides a plain packet that may start one; says
-    /// whether the packet was one of those. The directions of IPv4 are compiled
-    /// apart, because they are the bulk.
+    /// Sends a plain packet of an established flow on, or decides one that may start a flow; says whether
+    /// the packet was decided. The directions of IPv4 are compiled apart, because they are the bulk.
     #[inline(always)]
     pub(super) fn take(
         &mut self,
@@ -128,7 +127,8 @@ impl Engine {
         pass6(core, flow, ingress, Meta::of(frame), now)
     }
 
-    /// A packet that may be the first of a flow. `is_new` says that no flow was found for it.
+    /// Decides a packet that may be the first of a flow. `is_new` says that no flow was found for it, or
+    /// that nobody has looked.
     #[inline(never)]
     fn decide_unknown(
         &mut self,

@@ -282,3 +282,29 @@ fn retired_flows_make_room_before_any_live_one() {
     assert!((0..MIN_FLOWS / 2).all(|number| has(&table, 1, number)));
     assert!((0..MIN_FLOWS / 2).all(|number| table.find(&key(0, number), false).is_none()));
 }
+
+#[test]
+fn index_that_is_far_too_small_refuses_flows_and_loses_none() {
+    let mut table = table(1);
+    // Three buckets of twelve references.
+    table.index = Index::new(4);
+    let mut inside = BTreeSet::new();
+    let (mut refused, mut x) = (0, 1_u32);
+    for _ in 0..20_000 {
+        x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let number = (x >> 8) % 40;
+        match table.find(&key(0, number), false) {
+            Some(flow) => {
+                assert!(inside.remove(&number) && table.remove(flow));
+            }
+            None if add(&mut table, 0, number, START).is_some() => {
+                assert!(inside.insert(number));
+            }
+            None => refused += 1,
+        }
+        assert!((0..40).all(|number| has(&table, 0, number) == inside.contains(&number)));
+    }
+    assert!(refused > 100, "{refused}");
+    let live = u32::try_from(inside.len()).unwrap();
+    assert_eq!((table.len(), table.flows_of(0)), (live, live));
+}

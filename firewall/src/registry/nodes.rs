@@ -1,11 +1,11 @@
-//! What is known about single addresses, attached or not: a sorted list for each family.
+//! What is known about single addresses, attached or not: one table for both families.
 //!
-//! The data path asks only for packets that no flow knows. A list and not a hash table: there are as many addresses as
-//! dom0 says, so a search takes ten steps for a thousand clients, no client chooses what is in it, and the table's code
-//! would be in the image twice.
+//! The data path asks only for packets that no flow knows. One table, so that its code is in the image once. What is in it
+//! is dom0's choice, not that of clients, so an unkeyed hash does.
 
-use alloc::vec::Vec;
 use core::net::IpAddr;
+
+use hashbrown::HashMap;
 
 use super::Registry;
 use super::vif::{AddressList, Vif};
@@ -37,80 +37,66 @@ pub(super) enum Change {
     Mapped(bool),
 }
 
-/// The addresses of one family about which anything is known, in order.
+/// An address of either family: whether it is IPv4, and its bits.
+type Key = (bool, V6);
+
+const fn key4(address: V4) -> Key {
+    (true, V6(0, address as u64))
+}
+
+const fn key6(address: V6) -> Key {
+    (false, address)
+}
+
+fn key(address: IpAddr) -> Key {
+    match address {
+        IpAddr::V4(address) => key4(address.to_bits()),
+        IpAddr::V6(address) => key6(V6::from_octets(&address.octets())),
+    }
+}
+
+/// The addresses about which anything is known.
 #[derive(Debug)]
-struct Sorted<A>(Vec<(A, Node)>);
+pub(super) struct Nodes {
+    table: HashMap<Key, Node>,
+    /// No IPv4 address outside of these two is in the table.
+    span4: (V4, V4),
+}
 
-impl<A: Address> Sorted<A> {
-    /// Where an address is, or where it would be.
-    fn place(&self, address: A) -> Result<usize, usize> {
-        self.0.binary_search_by(|(own, _)| own.cmp(&address))
-    }
-
-    fn get(&self, address: A) -> Option<&Node> {
-        // Clients' addresses are neighbours, and most packets go to none of them: two comparisons tell.
-        let (first, last) = (self.0.first()?, self.0.last()?);
-        if address < first.0 || last.0 < address {
-            return None;
+impl Nodes {
+    pub(super) fn new() -> Self {
+        Self {
+            table: HashMap::new(),
+            span4: (V4::MAX, 0),
         }
-        let at = self.place(address).ok()?;
-        self.0.get(at).map(|(_, node)| node)
     }
 
-    fn change(&mut self, address: A, change: Change) {
-        let at = match self.place(address) {
-            Ok(at) => at,
-            Err(at) => {
-                self.0.insert(at, (address, Node::default()));
-                at
-            }
-        };
-        let Some((_, node)) = self.0.get_mut(at) else {
-            return;
-        };
+    #[inline(never)]
+    fn get(&self, key: Key) -> Option<&Node> {
+        self.table.get(&key)
+    }
+
+    /// Notes something about an address; one about which nothing is left to know is forgotten.
+    pub(super) fn change(&mut self, address: IpAddr, change: Change) {
+        if let IpAddr::V4(address) = address {
+            let (first, last) = self.span4;
+            self.span4 = (first.min(address.to_bits()), last.max(address.to_bits()));
+        }
+        let key = key(address);
+        let node = self.table.entry(key).or_default();
         match change {
             Change::Source(source) => node.source = source.map_or(0, |own| own.wrapping_add(1)),
             Change::Configured(is) => node.configured = is,
             Change::Mapped(is) => node.mapped = is,
         }
         if node.is_unused() {
-            self.0.remove(at);
-        }
-    }
-}
-
-/// The addresses of both families.
-#[derive(Debug)]
-pub(super) struct Nodes {
-    of4: Sorted<V4>,
-    of6: Sorted<V6>,
-}
-
-impl Nodes {
-    pub(super) const fn new() -> Self {
-        Self {
-            of4: Sorted(Vec::new()),
-            of6: Sorted(Vec::new()),
-        }
-    }
-
-    /// Notes something about an address; one about which nothing is left to know is forgotten.
-    pub(super) fn change(&mut self, address: IpAddr, change: Change) {
-        if let Some(address) = V4::from_ip(address) {
-            self.of4.change(address, change);
-        } else if let Some(address) = V6::from_ip(address) {
-            self.of6.change(address, change);
+            self.table.remove(&key);
         }
     }
 
     /// The source that an address is attached as.
     pub(super) fn source(&self, address: IpAddr) -> Option<u16> {
-        let node = match (V4::from_ip(address), V6::from_ip(address)) {
-            (Some(address), _) => self.of4.get(address),
-            (_, Some(address)) => self.of6.get(address),
-            (None, None) => None,
-        };
-        node.and_then(|node| node.source.checked_sub(1))
+        self.get(key(address))?.source.checked_sub(1)
     }
 }
 
@@ -147,8 +133,14 @@ impl Routed for V4 {
         &vif.addresses4
     }
 
+    #[inline]
     fn node(registry: &Registry, address: Self) -> NodeView {
-        registry.nodes.of4.get(address).into()
+        // Clients' addresses are neighbours, and most packets go to none of them: two comparisons tell.
+        let (first, last) = registry.nodes.span4;
+        if address < first || last < address {
+            return None.into();
+        }
+        registry.nodes.get(key4(address)).into()
     }
 }
 
@@ -159,7 +151,7 @@ impl Routed for V6 {
     }
 
     fn node(registry: &Registry, address: Self) -> NodeView {
-        registry.nodes.of6.get(address).into()
+        registry.nodes.get(key6(address)).into()
     }
 }
 
@@ -177,9 +169,14 @@ mod tests {
         nodes.change(high, Change::Mapped(true));
         assert_eq!((nodes.source(low), nodes.source(high)), (Some(0), Some(7)));
         nodes.change(high, Change::Source(None));
-        assert_eq!((nodes.source(high), nodes.of4.0.len()), (None, 2));
+        assert_eq!((nodes.source(high), nodes.table.len()), (None, 2));
         nodes.change(high, Change::Mapped(false));
         nodes.change(low, Change::Configured(false));
-        assert_eq!((nodes.source(low), nodes.of4.0.len()), (Some(0), 1));
+        // The same bits in the other family are another address.
+        let other = "::a00:1".parse().unwrap();
+        nodes.change(other, Change::Configured(true));
+        assert_eq!(nodes.source(other), None);
+        nodes.change(other, Change::Configured(false));
+        assert_eq!((nodes.source(low), nodes.table.len()), (Some(0), 1));
     }
 }

@@ -76,6 +76,8 @@ struct Replay<'a> {
     retired: HashSet<usize>,
     /// Where the kernel has translations that the engine has not.
     occupied: HashSet<(u8, IpAddr)>,
+    /// Where packets without ports that are of no flow of the script have gone: they started flows, too.
+    strays: HashSet<(u8, IpAddr)>,
     /// Flows with a segment that ends them.
     ended: HashSet<usize>,
     /// Flows of which something has passed.
@@ -102,6 +104,7 @@ pub(crate) fn run(script: &Script) -> Result<Findings> {
         engine_side: Side::default(),
         retired: HashSet::new(),
         occupied: HashSet::new(),
+        strays: HashSet::new(),
         ended: HashSet::new(),
         begun: HashSet::new(),
         findings: Findings::default(),
@@ -125,6 +128,9 @@ pub(crate) fn run(script: &Script) -> Result<Findings> {
             kernel.update(&replay.world)?;
             engine.update(&replay.world, change)?;
             replay.note_forbidden();
+            // New rules may end these in the engine alone (D5), and nobody keeps books about them.
+            let strays = std::mem::take(&mut replay.strays);
+            replay.occupied.extend(strays);
         }
         let step = &replay.readdressed(step);
         if replay.is_in_vain(step) {
@@ -286,6 +292,13 @@ impl Replay<'_> {
             && tcp.flags & (FIN | RST) != 0
         {
             self.ended.extend(step.flow);
+        }
+        let protocol = step.packet.protocol;
+        if step.flow.is_none()
+            && !matches!(protocol, TCP | UDP | ICMP | ICMPV6)
+            && engine_seen.iter().any(|own| own.port == 0)
+        {
+            self.strays.insert((protocol, step.packet.dst));
         }
         let verdict = by_engine.verdict;
         if step.packet.split.is_some() {

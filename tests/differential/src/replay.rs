@@ -70,6 +70,8 @@ struct Replay<'a> {
     remotes: HashMap<usize, IpAddr>,
     /// Flows that newer rules forbid (D5).
     forbidden: HashSet<usize>,
+    /// Where they go: what comes from there may be of one of them in the kernel, whatever the script says.
+    left: HashSet<(u8, IpAddr)>,
     kernel_side: Side,
     engine_side: Side,
     /// Flows that the two know differently, for a reason.
@@ -100,6 +102,7 @@ pub(crate) fn run(script: &Script) -> Result<Findings> {
         world: script.world.clone(),
         remotes: HashMap::new(),
         forbidden: HashSet::new(),
+        left: HashSet::new(),
         kernel_side: Side::default(),
         engine_side: Side::default(),
         retired: HashSet::new(),
@@ -214,19 +217,37 @@ impl Replay<'_> {
         }
     }
 
+    /// Whether the rules that are in force would allow a flow if it began now.
+    fn allows_anew(&self, number: usize) -> bool {
+        self.script.flows.get(number).is_some_and(|flow| {
+            let is_dns = flow.dport == 53 && matches!(flow.protocol, TCP | UDP);
+            let remote = self.world.after_dns(flow.server).filter(|_| is_dns);
+            self.world.allows(flow, remote.unwrap_or(flow.server))
+        })
+    }
+
     /// Finds the running flows that a change of rules should end.
     fn note_forbidden(&mut self) {
         let begun: Vec<usize> = self.begun.iter().copied().collect();
         let forbidden = begun.into_iter().filter(|flow| !self.allows(*flow));
         let forbidden: Vec<usize> = forbidden.collect();
+        for number in &forbidden {
+            if let (Some(flow), Some(remote)) =
+                (self.script.flows.get(*number), self.remote(*number))
+            {
+                self.left.insert((flow.protocol, remote));
+            }
+        }
         self.forbidden.extend(forbidden);
     }
 
     /// Whether the two are known to start from different states.
     fn is_in_vain(&self, step: &Step) -> bool {
         let is_begun = |flow: &usize| self.begun.contains(flow);
-        // Forbidden, and allowed again: one of them has forgotten it.
-        let is_back = |flow: usize| self.forbidden.contains(&flow) && self.allows(flow);
+        // Forbidden, and allowed again, or as a new one to the resolver of now: one of them has forgotten it.
+        let is_back = |flow: usize| {
+            self.forbidden.contains(&flow) && (self.allows(flow) || self.allows_anew(flow))
+        };
         let remote = step.flow.and_then(|flow| self.remote(flow));
         let dst = remote.unwrap_or(step.packet.dst);
         // An error is about packets of its flow.
@@ -236,10 +257,16 @@ impl Replay<'_> {
             let at = |protocol| self.occupied.contains(&(protocol, address));
             protocols.into_iter().any(at)
         };
+        let quoted = match &step.packet.body {
+            Body::Error { quote, .. } => self.left.contains(&(quote.protocol, quote.dst)),
+            _ => false,
+        };
+        let at = |protocol| self.left.contains(&(protocol, step.packet.src));
+        let is_left = step.port == 0 && (quoted || protocols.into_iter().any(at));
         step.flow
             .is_some_and(|flow| self.retired.contains(&flow) || is_back(flow))
             || !step.flow.as_ref().is_some_and(is_begun)
-                && (is_occupied(dst) || is_occupied(step.packet.src))
+                && (is_occupied(dst) || is_occupied(step.packet.src) || is_left)
     }
 
     /// What a flow has outside on one side.
